@@ -1,0 +1,195 @@
+"""Where every token of a batch stands in its row's chunk grid.
+
+Each row has its own grid: padding does not count, a new document starts a new chunk, and a row that continues from a
+state starts in the middle of its open chunk. The scan wants none of that, only chunks of C slots side by side. This
+module computes the map between the two once per forward; every memory layer of the model shares it.
+
+    row        p p a a a a a b b b           (p padding, documents a and b, C = 4)
+    packed     a a a a | a . . . | b b b .   resets before chunks 0 and 2; only chunk 0 is complete and written
+
+When the grid is already regular (one document per row, no padding: the training case) nothing is moved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inlay.fastweight.state import NO_DOCUMENT, FastWeightState
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """The chunk grid of one call.
+
+    Attributes:
+        chunk_size: Tokens per chunk C.
+        tokens: Tokens per row T of the call.
+        chunks: Chunks per row N in the packed form (rows with fewer are empty at the end).
+        source: ``[B, N·C]`` where each packed slot comes from, an index into the row's ``C`` buffered and then ``T``
+            new tokens, or ``C + T`` for an empty slot. None when packed and unpacked order are the same.
+        target: ``[B, T]`` packed slot of each token, ``N·C`` for padding. None like ``source``.
+        resets: ``[N, B]`` bool, rows whose sum is emptied before the chunk; None where no row's is.
+        writes: ``[N, B]`` bool, rows whose chunk is complete, so that its Δ is added.
+        phase: ``[B]`` tokens in each row's open chunk after the call.
+        document: ``[B]`` the document each row is in after the call.
+    """
+
+    chunk_size: int
+    tokens: int
+    chunks: int
+    source: Tensor | None
+    target: Tensor | None
+    resets: tuple[Tensor | None, ...]
+    writes: tuple[Tensor | bool, ...]
+    phase: Tensor
+    document: Tensor
+
+    @property
+    def aligned(self) -> bool:
+        """Whether packed and unpacked order are the same."""
+        return self.source is None
+
+    def pack(self, tokens: Tensor, buffered: Tensor | None = None) -> Tensor:
+        """``[B, T, ·]`` tokens (after the ``[B, C, ·]`` buffered ones, if any) in chunk order ``[B, N·C, ·]``.
+
+        Empty slots are zero, so they add nothing to any Δ. Of an aligned layout: the tokens as they are, ``[B, T, ·]``.
+        """
+        if self.source is None:
+            return tokens
+        batch, _, channels = tokens.shape
+        if buffered is None:
+            buffered = tokens.new_zeros(batch, self.chunk_size, channels)
+        rows = torch.cat([buffered.to(tokens.dtype), tokens, tokens.new_zeros(batch, 1, channels)], dim=1)
+        return rows.gather(1, self.source.unsqueeze(-1).expand(-1, -1, channels))
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The call's tokens ``[B, T, ·]`` out of ``[B, N·C, ·]``; zero for padding."""
+        if self.target is None:
+            return packed
+        rows = F.pad(packed, (0, 0, 0, 1))
+        return rows.gather(1, self.target.unsqueeze(-1).expand(-1, -1, packed.shape[-1]))
+
+    def open_chunk(self, packed: Tensor) -> Tensor:
+        """Each row's open chunk ``[B, C, ·]`` out of packed tokens, zero from the row's phase on."""
+        size = self.chunk_size
+        if self.source is None:
+            last = packed[:, (self.chunks - 1) * size :]
+            last = F.pad(last, (0, 0, 0, size - last.shape[1]))
+        else:
+            grid = packed.view(packed.shape[0], self.chunks, size, -1)
+            used = (self.source.view(-1, self.chunks, size)[..., 0] < size + self.tokens).sum(1)
+            index = (used - 1).clamp(min=0).view(-1, 1, 1, 1).expand(-1, 1, size, grid.shape[-1])
+            last = grid.gather(1, index).squeeze(1)
+        is_open = torch.arange(size, device=packed.device) < self.phase.unsqueeze(1)
+        return last * is_open.unsqueeze(-1)
+
+
+def chunk_layout(
+    batch: int,
+    tokens: int,
+    chunk_size: int,
+    *,
+    documents: Tensor | None = None,
+    state: FastWeightState | None = None,
+    device: torch.device | str | None = None,
+) -> ChunkLayout:
+    """The chunk grid of a call of ``batch`` rows and ``tokens`` new tokens each.
+
+    Args:
+        batch: Rows B.
+        tokens: New tokens per row T.
+        chunk_size: Tokens per chunk C.
+        documents: ``[B, T]`` integer ids, −1 for padding. A token whose id differs from the last real token's starts a
+            document. None: every row goes on with the document it is in.
+        state: Where each row stands; None: nowhere yet.
+        device: Where the map is wanted; that of ``documents`` or ``state`` when there is one.
+    """
+    if documents is None and (state is None or not bool(state.phase.any())):
+        return _regular_layout(batch, tokens, chunk_size, state, device)
+
+    if state is None:
+        assert documents is not None
+        before = torch.full((batch,), NO_DOCUMENT, dtype=torch.long, device=documents.device)
+        phase = torch.zeros_like(before)
+    else:
+        before, phase = state.document, state.phase
+    if documents is None:
+        before = before.clamp(min=0)
+        documents = before.unsqueeze(1).expand(batch, tokens)
+    documents = documents.long()
+    slots = torch.arange(chunk_size, device=documents.device).expand(batch, -1)
+    ids = torch.cat([torch.where(slots < phase.unsqueeze(1), before.unsqueeze(1), NO_DOCUMENT), documents], dim=1)
+    return _ragged_layout(ids, before, tokens, chunk_size)
+
+
+def _regular_layout(
+    batch: int, tokens: int, chunk_size: int, state: FastWeightState | None, device: torch.device | str | None
+) -> ChunkLayout:
+    chunks = max(1, -(-tokens // chunk_size))
+    rest = tokens % chunk_size
+    writes = [True] * chunks
+    writes[-1] = rest == 0 and tokens > 0
+    where = state.document.device if state is not None else device
+    document = torch.zeros(batch, dtype=torch.long, device=where)
+    if state is not None:
+        document = state.document if tokens == 0 else state.document.clamp(min=0)
+    phase = torch.full((batch,), rest, dtype=torch.long, device=where)
+    return ChunkLayout(chunk_size, tokens, chunks, None, None, (None,) * chunks, tuple(writes), phase, document)
+
+
+def _ragged_layout(ids: Tensor, before: Tensor, tokens: int, chunk_size: int) -> ChunkLayout:
+    """The grid of rows given as ids ``[B, C + T]`` (buffered tokens, then new ones), −1 where there is no token."""
+    batch, length = ids.shape
+    real = ids >= 0
+    rank = real.cumsum(1) - 1  # of a real token among its row's real tokens
+    # The id of the last real token before each one: carried along over padding by its position.
+    place = torch.arange(length, device=ids.device).expand(batch, -1)
+    last = torch.where(real, place, -1).cummax(1).values
+    previous = F.pad(last, (1, 0), value=-1)[:, :-1]
+    previous_id = torch.where(previous >= 0, ids.gather(1, previous.clamp(min=0)), before.unsqueeze(1))
+    starts = real & (ids != previous_id)
+    first = torch.where(starts, rank, 0).cummax(1).values
+    within = rank - first  # position within the document (or within what this call knows of it)
+    opens = real & (within % chunk_size == 0)
+    chunk = opens.cumsum(1) - 1
+    count = opens.sum(1)
+
+    chunks = max(1, int(count.max()))
+    slots = chunks * chunk_size
+    packed = torch.where(real, chunk * chunk_size + within % chunk_size, slots)
+    source = torch.full((batch, slots + 1), length, dtype=torch.long, device=ids.device)
+    source.scatter_(1, packed, place.contiguous())
+    source = source[:, :slots].contiguous()
+    filled = (source < length).view(batch, chunks, chunk_size).sum(-1)
+    resets = torch.zeros(batch, chunks + 1, dtype=torch.bool, device=ids.device)
+    resets.scatter_(1, torch.where(opens, chunk, chunks), starts)
+    resets = resets[:, :chunks]
+
+    phase = filled.gather(1, (count - 1).clamp(min=0).unsqueeze(1)).squeeze(1) % chunk_size
+    phase = torch.where(count > 0, phase, 0)
+    final = last[:, -1]
+    document = torch.where(final >= 0, ids.gather(1, final.clamp(min=0).unsqueeze(1)).squeeze(1), before)
+    full = filled == chunk_size
+    target = packed[:, chunk_size:].contiguous()
+    regular = torch.arange(chunk_size, chunk_size + slots, device=ids.device)[:tokens]
+    # One transfer to the host for the three questions that the loop over chunks asks.
+    answers = torch.stack([resets.any(0), full.all(0), full.any(0)]).tolist()
+    aligned = slots - chunk_size < tokens <= slots and bool((source[:, :tokens] == regular).all())
+    return ChunkLayout(
+        chunk_size=chunk_size,
+        tokens=tokens,
+        chunks=chunks,
+        source=None if aligned else source,
+        target=None if aligned else target,
+        resets=tuple(resets[:, n] if some else None for n, some in enumerate(answers[0])),
+        writes=tuple(
+            True if every else (full[:, n] if some else False)
+            for n, (every, some) in enumerate(zip(answers[1], answers[2], strict=True))
+        ),
+        phase=phase,
+        document=document,
+    )

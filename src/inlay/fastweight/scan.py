@@ -1,0 +1,244 @@
+"""The scan: the fast form of the operation, with its own backward.
+
+For chunks i = 1 … n of one row (η step size, α exposure, Δ_i = V_iᵀ Z_i, S_i = Σ_{j<i} Δ_j):
+
+    forward      O_i  = Z_i W0ᵀ + η Z_i (S_i + α Δ_i)ᵀ
+
+    backward     dZ_i = dO_i (W0 + η (S_i + α Δ_i)) + η V_i (G_i + α g_i)          g_i = dO_iᵀ Z_i
+                 dV_i = η Z_i (G_i + α g_i)ᵀ                                       G_i = Σ_{j>i} g_j
+                 dW0  = Σ_i g_i
+
+S runs forwards through the chunks, G backwards. So the backward walks twice: once forwards, building S again exactly as
+the forward built it, for the terms that need S; once backwards, for those that need G. Nothing per chunk is kept, one
+``[B, D, F]`` buffer serves S and then G, and since no Δ is ever taken back out of a sum, nothing is lost to cancellation
+however many chunks there are (a backward that subtracts would need the same 14·T·D·F flops). Where documents start, S
+and G are emptied.
+
+Numbers: S and G are float32 (float64 for float64 input). The fast term is a product of its own, added to Z W0ᵀ in
+float32, so that a sum far below the resolution of a bf16 W0 still acts. Only for the gradient of a bf16 z, which is
+itself rounded to bf16, are the two weights added first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from inlay.fastweight.chunks import ChunkLayout
+
+
+@dataclass(frozen=True)
+class ScanPlan:
+    """What the scan needs to know beyond its tensors.
+
+    Attributes:
+        layout: The chunk grid of the packed operands.
+        eta: Step size η.
+        exposure: Share α of a chunk's own Δ that it reads.
+        final_sum: Whether the sum after the last chunk is wanted; without it the last Δ is not made.
+        fused: Add η S to the slow weight before the product, where the accumulator's dtype is the operands' own: one
+            product less, but where S is zero the output is that of the plain linear only up to rounding.
+    """
+
+    layout: ChunkLayout
+    eta: float
+    exposure: float
+    final_sum: bool
+    fused: bool = False
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the sum for operands of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scan(
+    z: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    plan: ScanPlan,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the chunks of ``plan.layout`` over packed operands.
+
+    Args:
+        z: ``[B, T', F]`` inputs of the down projection in chunk order.
+        v: ``[B, T', D]`` targets in chunk order.
+        initial: ``[B, D, F]`` sum before the first chunk; None for zero.
+        plan: The chunk grid and the constants.
+        weight: ``[D, F]`` slow weight W0, whose product is added; None for the memory's part alone.
+        bias: ``[D]`` added along with ``weight``.
+
+    Returns:
+        The output ``[B, T', D]`` in the accumulator's dtype, and the final sum ``[B, D, F]`` if ``plan.final_sum``.
+    """
+    out, final = _Scan.apply(z, v, initial, weight, bias, plan)
+    return out, final if plan.final_sum else None
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        v: Tensor,
+        initial: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        plan: ScanPlan,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(z, v, initial, weight)
+        ctx.set_materialize_grads(False)
+        ctx.plan = plan
+        dtype = accumulator_dtype(z.dtype)
+        fused = plan.fused and weight is not None and z.dtype == weight.dtype == dtype
+        shape = (*z.shape[:2], v.shape[-1])
+        if fused:
+            out = torch.empty(shape, dtype=dtype, device=z.device)
+        elif weight is not None:  # in the caller's autocast: what the plain projection gives, bit for bit
+            out = F.linear(z, weight, bias).to(dtype)
+        else:
+            out = torch.zeros(shape, dtype=dtype, device=z.device)
+        with torch.autocast(z.device.type, enabled=False):
+            total = _start(z, v, initial)
+            effective = torch.empty_like(total) if fused else None
+            for chunk in _chunks(plan):
+                zi, vi = _operand(z, chunk), _operand(v, chunk)
+                _empty_rows(total, chunk.resets)
+                read = total + plan.exposure * torch.bmm(vi.mT, zi) if plan.exposure else total
+                if effective is not None:
+                    torch.add(weight, read, alpha=plan.eta, out=effective)
+                    _add_product(out[:, chunk.span], zi, effective.mT, 1.0, overwrite=True)
+                elif chunk.index > 0 or initial is not None or plan.exposure:
+                    _add_product(out[:, chunk.span], zi, read.mT, plan.eta)
+                _write(total, zi, vi, chunk, plan)
+            if fused and bias is not None:
+                out += bias
+        return out, total if plan.final_sum else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        z, v, initial, weight = ctx.saved_tensors
+        plan: ScanPlan = ctx.plan
+        need_initial, need_weight, need_bias = ctx.needs_input_grad[2:5]
+        dtype = accumulator_dtype(z.dtype)
+        d_out = torch.zeros(*z.shape[:2], v.shape[-1], dtype=z.dtype, device=z.device) if d_out is None else d_out
+        d_out = d_out.to(z.dtype)
+
+        # Forwards, for dZ_i = dO_i (W0 + η (S_i + α Δ_i)).
+        dz = torch.empty_like(z, memory_format=torch.contiguous_format)
+        total = _start(z, v, initial)
+        slow = total.new_zeros(()) if weight is None else weight.to(dtype)
+        effective = torch.empty_like(total)
+        for chunk in _chunks(plan):
+            zi, vi, di = _operand(z, chunk), _operand(v, chunk), _operand(d_out, chunk)
+            _empty_rows(total, chunk.resets)
+            read = total + plan.exposure * torch.bmm(vi.mT, zi) if plan.exposure else total
+            torch.add(slow, read, alpha=plan.eta, out=effective)
+            _add_product(dz[:, chunk.span], di, effective, 1.0, overwrite=True)
+            _write(total, zi, vi, chunk, plan)
+        del effective
+
+        # Backwards, for the terms with G. Unscaled, G ends as dW0, unless it was emptied on the way or starts with the
+        # gradient of the final sum; then η is taken into it.
+        shared = need_weight and d_final is None and all(resets is None for resets in plan.layout.resets)
+        inner, outer = (1.0, plan.eta) if shared else (plan.eta, 1.0)
+        dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+        later = total.zero_() if d_final is None else total.copy_(d_final)  # dL/dS after the chunk
+        for chunk in reversed(_chunks(plan)):
+            zi, vi, di = _operand(z, chunk), _operand(v, chunk), _operand(d_out, chunk)
+            d_update = _written(later, chunk)  # dL/dΔ_i
+            if plan.exposure:
+                own = torch.bmm(di.mT, zi)
+                d_update = (later.new_zeros(()) if d_update is None else d_update) + plan.exposure * inner * own
+            if d_update is None or (chunk.last and d_final is None and not plan.exposure):
+                dv[:, chunk.span] = 0
+            else:
+                d_update = d_update.to(zi.dtype)
+                _add_product(dz[:, chunk.span], vi, d_update, outer)
+                _add_product(dv[:, chunk.span], zi, d_update.mT, outer, overwrite=True)
+            if chunk.index > 0 or shared or need_initial:
+                _add_product(later, di.mT, zi, inner)
+            _empty_rows(later, chunk.resets)
+
+        d_weight = d_bias = None
+        if need_weight:
+            whole = later.sum(0) if shared else _operand(d_out).flatten(0, 1).mT @ _operand(z).flatten(0, 1)
+            d_weight = whole.to(weight.dtype)
+        if need_bias:
+            d_bias = d_out.sum((0, 1), dtype=dtype).to(weight.dtype)
+        d_initial = later * outer if need_initial else None
+        return dz, dv, d_initial, d_weight, d_bias, None
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    index: int
+    last: bool
+    span: slice
+    resets: Tensor | None
+    writes: Tensor | bool
+
+
+def _chunks(plan: ScanPlan) -> list[_Chunk]:
+    layout = plan.layout
+    size = layout.chunk_size
+    return [
+        _Chunk(n, n == layout.chunks - 1, slice(n * size, (n + 1) * size), layout.resets[n], layout.writes[n])
+        for n in range(layout.chunks)
+    ]
+
+
+def _operand(x: Tensor, chunk: _Chunk | None = None) -> Tensor:
+    """``x`` (or a chunk of it) in the dtype its products are computed in: bf16 on CUDA as it is, else at least float32."""
+    part = x if chunk is None else x[:, chunk.span]
+    if part.is_cuda and part.dtype == torch.bfloat16:
+        return part
+    return part.to(accumulator_dtype(part.dtype))
+
+
+def _start(z: Tensor, v: Tensor, initial: Tensor | None) -> Tensor:
+    """A fresh ``[B, D, F]`` sum to accumulate in."""
+    dtype = accumulator_dtype(z.dtype)
+    if initial is not None:
+        return initial.to(dtype, copy=True)
+    return torch.zeros(z.shape[0], v.shape[-1], z.shape[-1], dtype=dtype, device=z.device)
+
+
+def _add_product(target: Tensor, a: Tensor, b: Tensor, alpha: float, *, overwrite: bool = False) -> None:
+    """``target += alpha · a @ b`` in place (``=`` if ``overwrite``), batched; b is rounded to a's dtype."""
+    if target.dtype == a.dtype:
+        target.baddbmm_(a, b.to(a.dtype), alpha=alpha, beta=0 if overwrite else 1)
+    elif overwrite:
+        target.copy_(torch.bmm(a, b.to(a.dtype)).mul_(alpha))
+    else:
+        target.add_(torch.bmm(a, b.to(a.dtype)), alpha=alpha)
+
+
+def _empty_rows(total: Tensor, rows: Tensor | None) -> None:
+    if rows is not None:
+        total.masked_fill_(rows.view(-1, 1, 1), 0.0)
+
+
+def _written(later: Tensor, chunk: _Chunk) -> Tensor | None:
+    """The rows of ``later`` whose chunk was written; None if none was."""
+    if isinstance(chunk.writes, bool):
+        return later if chunk.writes else None
+    return later * chunk.writes.view(-1, 1, 1)
+
+
+def _write(total: Tensor, zi: Tensor, vi: Tensor, chunk: _Chunk, plan: ScanPlan) -> None:
+    """Add Δ_i to the sum of the rows whose chunk is complete."""
+    if chunk.writes is False or (chunk.last and not plan.final_sum):
+        return
+    if isinstance(chunk.writes, Tensor):
+        vi = vi * chunk.writes.view(-1, 1, 1)
+    _add_product(total, vi.mT, zi, 1.0)

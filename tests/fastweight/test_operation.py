@@ -47,7 +47,9 @@ def run(function, tokens, dtype, *, state_gradient: bool = False, state=None, **
     loss = (out * torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)).sum()
     if state_gradient:
         for part in (after.sum, after.z, after.x):
-            loss = loss + (part * torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part.dtype)).sum()
+            loss = (
+                loss + (part * torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part.dtype)).sum()
+            )
     leaves = [z, v, weight] + ([state.sum] if state is not None and state.sum.requires_grad else [])
     return out, after, torch.autograd.grad(loss, leaves, materialize_grads=True)
 

@@ -1,7 +1,40 @@
 """Fast weights: the operation, its state, the layer and how it is attached to a model."""
 
+from inlay.fastweight.clip import clip_targets, update_norms
+from inlay.fastweight.config import FastWeightConfig, NormalInit
+from inlay.fastweight.errors import (
+    AttachError,
+    CheckpointError,
+    InlayError,
+    MemoryNeverReadError,
+    NonFiniteMemoryError,
+)
+from inlay.fastweight.layer import FastWeightLinear
+from inlay.fastweight.memory import Memory, TrainMode, attach, attach_pretrained, find_memory
 from inlay.fastweight.operation import fast_weight_linear
 from inlay.fastweight.reference import fast_weight_linear_reference
 from inlay.fastweight.state import NO_DOCUMENT, FastWeightState
+from inlay.fastweight.target import TargetGenerator
 
-__all__ = ["NO_DOCUMENT", "FastWeightState", "fast_weight_linear", "fast_weight_linear_reference"]
+__all__ = [
+    "NO_DOCUMENT",
+    "AttachError",
+    "CheckpointError",
+    "FastWeightConfig",
+    "FastWeightLinear",
+    "FastWeightState",
+    "InlayError",
+    "Memory",
+    "MemoryNeverReadError",
+    "NonFiniteMemoryError",
+    "NormalInit",
+    "TargetGenerator",
+    "TrainMode",
+    "attach",
+    "attach_pretrained",
+    "clip_targets",
+    "fast_weight_linear",
+    "fast_weight_linear_reference",
+    "find_memory",
+    "update_norms",
+]

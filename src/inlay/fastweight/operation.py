@@ -49,9 +49,7 @@ def fast_weight_linear(
         ValueError: Shapes, ``chunk_size``, ``exposure`` or the state do not fit together.
     """
     _check(z, v, weight, chunk_size, exposure, documents, state)
-    layout = chunk_layout(
-        z.shape[0], z.shape[1], chunk_size, documents=documents, state=state, device=z.device
-    )
+    layout = chunk_layout(z.shape[0], z.shape[1], chunk_size, documents=documents, state=state, device=z.device)
     v = v.to(z.dtype)
     initial = None if state is None else state.sum
     plan = ScanPlan(layout, eta, exposure, final_sum=True, fused=True)

@@ -48,9 +48,7 @@ def fast_weight_linear_reference(
         open_v = [state.x[b, s] for s in range(phase)]
         waiting: list[int] = []  # positions of this call in the open chunk
 
-        def read(
-            positions: list[int], zs: list[Tensor], vs: list[Tensor], total: Tensor, b: int = b
-        ) -> None:
+        def read(positions: list[int], zs: list[Tensor], vs: list[Tensor], total: Tensor, b: int = b) -> None:
             """Outputs of one chunk's tokens: with the sum before it, and α of its own Δ."""
             own = exposure * _delta(zs, vs, dtype) if exposure and zs else 0.0
             for t in positions:
@@ -76,9 +74,12 @@ def fast_weight_linear_reference(
         rows.append((total, len(open_z), document, _buffer(open_z, z, chunk_size), _buffer(open_v, v, chunk_size)))
 
     sums, phases, ids, zs, vs = zip(*rows, strict=True)
-    long = {"dtype": torch.long, "device": z.device}
     return out, FastWeightState(
-        torch.stack(sums), torch.tensor(phases, **long), torch.tensor(ids, **long), torch.stack(zs), torch.stack(vs)
+        torch.stack(sums),
+        torch.tensor(phases, dtype=torch.long, device=z.device),
+        torch.tensor(ids, dtype=torch.long, device=z.device),
+        torch.stack(zs),
+        torch.stack(vs),
     )
 
 

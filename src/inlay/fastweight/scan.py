@@ -79,7 +79,7 @@ def scan(
     Returns:
         The output ``[B, T', D]`` in the accumulator's dtype, and the final sum ``[B, D, F]`` if ``plan.final_sum``.
     """
-    out, final = _Scan.apply(z, v, initial, weight, bias, plan)
+    out, final = _Scan.apply(z, v, initial, weight, bias, plan)  # type: ignore[no-untyped-call]
     return out, final if plan.final_sum else None
 
 
@@ -98,9 +98,9 @@ class _Scan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.plan = plan
         dtype = accumulator_dtype(z.dtype)
-        fused = plan.fused and weight is not None and z.dtype == weight.dtype == dtype
         shape = (*z.shape[:2], v.shape[-1])
-        if fused:
+        fused = weight if plan.fused and weight is not None and z.dtype == weight.dtype == dtype else None
+        if fused is not None:
             out = torch.empty(shape, dtype=dtype, device=z.device)
         elif weight is not None:  # in the caller's autocast: what the plain projection gives, bit for bit
             out = F.linear(z, weight, bias).to(dtype)
@@ -108,18 +108,18 @@ class _Scan(torch.autograd.Function):
             out = torch.zeros(shape, dtype=dtype, device=z.device)
         with torch.autocast(z.device.type, enabled=False):
             total = _start(z, v, initial)
-            effective = torch.empty_like(total) if fused else None
+            effective = torch.empty_like(total) if fused is not None else total
             for chunk in _chunks(plan):
                 zi, vi = _operand(z, chunk), _operand(v, chunk)
                 _empty_rows(total, chunk.resets)
                 read = total + plan.exposure * torch.bmm(vi.mT, zi) if plan.exposure else total
-                if effective is not None:
-                    torch.add(weight, read, alpha=plan.eta, out=effective)
+                if fused is not None:
+                    torch.add(fused, read, alpha=plan.eta, out=effective)
                     _add_product(out[:, chunk.span], zi, effective.mT, 1.0, overwrite=True)
                 elif chunk.index > 0 or initial is not None or plan.exposure:
                     _add_product(out[:, chunk.span], zi, read.mT, plan.eta)
                 _write(total, zi, vi, chunk, plan)
-            if fused and bias is not None:
+            if fused is not None and bias is not None:
                 out += bias
         return out, total if plan.final_sum else None
 

@@ -98,7 +98,11 @@ class FastWeightState:
             return t.masked_fill(mask, value)
 
         return FastWeightState(
-            cleared(self.sum), cleared(self.phase), cleared(self.document, NO_DOCUMENT), cleared(self.z), cleared(self.x)
+            cleared(self.sum),
+            cleared(self.phase),
+            cleared(self.document, NO_DOCUMENT),
+            cleared(self.z),
+            cleared(self.x),
         )
 
     def detach(self) -> FastWeightState:

@@ -1,0 +1,170 @@
+"""A memory on disk: ``memory.safetensors`` with its tensors and ``memory.json`` that says whose they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from inlay import __version__
+from inlay.fastweight.config import FastWeightConfig
+from inlay.fastweight.errors import CheckpointError
+from inlay.fastweight.families import Decoder
+from inlay.fastweight.layer import FastWeightLinear
+
+TENSORS = "memory.safetensors"
+HEADER = "memory.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SavedMemory:
+    """A memory read from disk and checked in itself, not yet against a model."""
+
+    directory: Path
+    config: FastWeightConfig
+    model: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def base_names(self) -> list[str]:
+        """Names of the base parameters saved along with the memory."""
+        return [name.removeprefix("base.") for name in self.tensors if name.startswith("base.")]
+
+
+def describe_model(model: nn.Module, decoder: Decoder) -> dict[str, Any]:
+    """What a saved memory notes of its model, to be refused by another one."""
+    config = getattr(model, "config", None)
+    return {
+        "type": getattr(config, "model_type", type(model).__name__),
+        "blocks": len(decoder.blocks),
+        "projection": decoder.projection,
+    }
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the steps that PEFT and torch.compile put in."""
+    name = name.removeprefix("_orig_mod.").removeprefix("base_model.model.")
+    return name.replace("._orig_mod.", ".").replace(".base_layer.", ".")
+
+
+def write(
+    directory: Path,
+    config: FastWeightConfig,
+    model: dict[str, Any],
+    layers: Mapping[int, FastWeightLinear],
+    base: Mapping[str, Tensor],
+) -> None:
+    """Write a memory to ``directory``: the tensors first, then the header, each to a temporary file that is renamed."""
+    named: dict[str, Tensor] = {
+        f"memory.{i}.{name}": p for i, layer in layers.items() for name, p in layer.memory_parameters()
+    }
+    named |= {f"base.{name}": parameter for name, parameter in base.items()}
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named.items()}
+    header = {
+        "format": FORMAT,
+        "inlay": __version__,
+        "model": model,
+        "config": config.model_dump(mode="json"),
+        "tensors": {name: [*t.shape] for name, t in tensors.items()},
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace(directory / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _replace(directory / HEADER, lambda path: path.write_text(json.dumps(header, indent=2) + "\n"))
+
+
+def read(directory: Path) -> SavedMemory:
+    """Read and check what :func:`write` wrote.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, of a newer format, or header and tensors disagree.
+    """
+    for name in (HEADER, TENSORS):
+        if not (directory / name).is_file():
+            raise CheckpointError(
+                f"{directory} holds no memory: {name} is missing. Save one with memory.save_pretrained"
+            )
+    try:
+        header = json.loads((directory / HEADER).read_text())
+        if header["format"] != FORMAT:
+            raise CheckpointError(
+                f"{directory / HEADER} is of format {header['format']}, this version of inlay ({__version__}) reads "
+                f"{FORMAT}; it was written by inlay {header.get('inlay')}"
+            )
+        config = FastWeightConfig(**header["config"])
+        model, listed = dict(header["model"]), dict(header["tensors"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValidationError) as error:
+        raise CheckpointError(f"{directory / HEADER} is not a memory's header: {error}") from error
+    try:
+        tensors = load_file(directory / TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{directory / TENSORS} is damaged: {error}") from error
+    found = {name: [*t.shape] for name, t in tensors.items()}
+    if found != listed:
+        odd = sorted(name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name))
+        raise CheckpointError(f"{directory}: header and tensors are not of one save; they differ in {odd[:5]}")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{directory / TENSORS}: {name!r} holds NaN or infinity")
+    return SavedMemory(directory, config, model, tensors)
+
+
+def check_model(saved: SavedMemory, model: dict[str, Any]) -> None:
+    """Refuse a memory of another kind of model.
+
+    Raises:
+        CheckpointError: Names what differs.
+    """
+    different = {k: (saved.model.get(k), model[k]) for k in model if saved.model.get(k) != model[k]}
+    if different:
+        raise CheckpointError(
+            f"the memory in {saved.directory} is of another model: "
+            + ", ".join(f"{key} is {theirs!r} there and {ours!r} here" for key, (theirs, ours) in different.items())
+        )
+
+
+def load_tensors(saved: SavedMemory, layers: Mapping[int, FastWeightLinear], base: Mapping[str, nn.Parameter]) -> None:
+    """Copy the saved tensors into a model's memory and base. Checks all of them before it copies any.
+
+    Raises:
+        CheckpointError: A tensor is missing, has no place in the model, or is of another shape.
+    """
+    wanted = {f"memory.{i}.{name}": p for i, layer in layers.items() for name, p in layer.memory_parameters()}
+    missing = sorted(wanted.keys() - saved.tensors.keys())
+    available = wanted | {f"base.{name}": parameter for name, parameter in base.items()}
+    unexpected = sorted(saved.tensors.keys() - available.keys())
+    shapes = [
+        f"{name} is {[*tensor.shape]} there and {[*available[name].shape]} here"
+        for name, tensor in saved.tensors.items()
+        if name in available and tensor.shape != available[name].shape
+    ]
+    problems = [f"missing there: {missing}"] * bool(missing) + [f"no place here: {unexpected}"] * bool(unexpected)
+    if problems or shapes:
+        raise CheckpointError(f"the memory in {saved.directory} does not fit: " + "; ".join(problems + shapes))
+    with torch.no_grad():
+        for name, tensor in saved.tensors.items():
+            available[name].copy_(tensor)
+
+
+def _replace(path: Path, write_to: Callable[[Path], object]) -> None:
+    """Write a file beside ``path`` and rename it over it, so that at any moment the old one or the new one is there."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write_to(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

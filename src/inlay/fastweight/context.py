@@ -1,0 +1,148 @@
+"""What one forward of the model tells its memory layers: the documents of its tokens, and the embeddings X0.
+
+A memory layer sits deep inside a block and sees only the input of one linear layer. What else it needs is gathered by
+hooks on the model, its decoder and the first block into a ``ForwardContext`` that lives for one forward.
+
+Gradient checkpointing runs blocks again during the backward, when other forwards may have come and gone (a teacher and
+a student). So while a forward runs, the checkpointing function of each block with a memory is wrapped: the wrapper
+remembers this forward's context and hands X0 through the checkpoint as an input, whose gradient then flows as it should,
+with reentrant and non-reentrant checkpointing alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.fastweight.chunks import ChunkLayout, chunk_layout
+
+
+@dataclass
+class ForwardContext:
+    """One forward of a model with a memory.
+
+    Attributes:
+        documents: ``[B, T]`` ids, −1 for padding; None when every row is one document without padding.
+        x0: ``[B, T, D]`` what enters the first block.
+        explicit: ``document_ids`` as the caller passed them, if any.
+        prepared: Whether ``documents`` has been worked out.
+    """
+
+    documents: Tensor | None = None
+    x0: Tensor | None = None
+    explicit: Tensor | None = None
+    prepared: bool = False
+    unwrap: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    _layouts: dict[tuple[int, int, int], ChunkLayout] = field(default_factory=dict)
+
+    def layout(self, batch: int, tokens: int, chunk_size: int, device: torch.device) -> ChunkLayout:
+        """The chunk grid of this forward, made once and shared by the layers."""
+        key = (batch, tokens, chunk_size)
+        if key not in self._layouts:
+            documents = None if self.documents is None else self.documents.to(device)
+            self._layouts[key] = chunk_layout(batch, tokens, chunk_size, documents=documents, device=device)
+        return self._layouts[key]
+
+
+class ContextHolder:
+    """Holds the context of the forward that is running."""
+
+    def __init__(self) -> None:
+        self.current: ForwardContext | None = None
+
+    @contextmanager
+    def using(self, context: ForwardContext) -> Iterator[None]:
+        """Make ``context`` the current one for a while."""
+        before, self.current = self.current, context
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+def wrap_checkpointing(holder: ContextHolder, blocks: list[nn.Module], context: ForwardContext) -> None:
+    """Let the checkpointed ``blocks`` find ``context`` again when the backward recomputes them.
+
+    Undone by :func:`unwrap_checkpointing` when the forward ends.
+    """
+    for block in blocks:
+        function = block.__dict__.get("_gradient_checkpointing_func")
+        if function is None or not getattr(block, "gradient_checkpointing", False):
+            continue
+        context.unwrap.append((block, function))
+        block.__dict__["_gradient_checkpointing_func"] = functools.partial(_checkpoint, function, holder, context)
+
+
+def unwrap_checkpointing(context: ForwardContext) -> None:
+    """Give the blocks their own checkpointing function back."""
+    while context.unwrap:
+        block, function = context.unwrap.pop()
+        block.__dict__["_gradient_checkpointing_func"] = function
+
+
+def _checkpoint(
+    function: Callable[..., Any],
+    holder: ContextHolder,
+    context: ForwardContext,
+    block: Callable[..., Any],
+    hidden: Tensor,
+    *args: Any,
+) -> Any:
+    """Checkpoint ``block(hidden, *args)`` with this forward's X0 as one more input."""
+    x0 = hidden if context.x0 is None else context.x0  # older transformers hook blocks inside the checkpoint
+
+    def run(x0: Tensor, hidden: Tensor, *args: Any) -> Any:
+        with holder.using(replace(context, x0=x0)):
+            return block(hidden, *args)
+
+    return function(run, x0, hidden, *args)
+
+
+def documents_of(
+    batch: int,
+    tokens: int,
+    *,
+    explicit: Tensor | None,
+    attention_mask: Any,
+    position_ids: Any,
+    carry: bool,
+    device: torch.device,
+) -> Tensor | None:
+    """Document ids ``[B, T]`` of a forward's tokens, −1 for padding; None when every row is one unpadded document.
+
+    ``explicit`` ids win. Without them a row's documents are read off its ``position_ids``, which restart where a packed
+    document begins, as transformers' own masks do. Padding is where a 2-D ``attention_mask`` is 0. With ``carry``, all
+    of a row counts as one document.
+    """
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
+    real = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        real = attention_mask[:, -tokens:].to(device).bool()
+    if explicit is not None:
+        if explicit.shape != (batch, tokens):
+            raise ValueError(f"document_ids must be [B, T] = [{batch}, {tokens}]; got {[*explicit.shape]}")
+        real = real & (explicit.to(device) >= 0)
+        ids = explicit.to(device)
+    elif isinstance(position_ids, Tensor) and position_ids.dim() == 2:
+        ids = _packed_documents(position_ids.to(device).expand(batch, -1), real)
+    if carry:
+        ids = torch.zeros_like(ids)
+    regular = real.all() & (ids == ids[:, :1]).all()
+    if bool(regular):
+        return None
+    return torch.where(real, ids, -1)
+
+
+def _packed_documents(positions: Tensor, real: Tensor) -> Tensor:
+    """Number the documents of each row: one starts wherever a position does not follow the one before it."""
+    place = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    last = torch.where(real, place, -1).cummax(1).values
+    before = torch.nn.functional.pad(last, (1, 0), value=-1)[:, :-1]
+    follows = positions == positions.gather(1, before.clamp(min=0)) + 1
+    return (real & ~follows & (before >= 0)).cumsum(1)

@@ -1,0 +1,155 @@
+"""What the models look like: where their blocks are and which module of a block is the down projection.
+
+The only place that knows. A new family is a line of ``FAMILIES``; a single odd model can instead be described by
+``FastWeightConfig(projection="path.to.blocks.{layer}.path.to.projection")``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from inlay.fastweight.errors import AttachError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a kind of model keeps its blocks, and a block its down projection."""
+
+    blocks: str
+    """Attribute of the decoder that holds the list of blocks."""
+    projection: str
+    """Path from a block to its down projection."""
+
+
+_LLAMA_LIKE = Family("layers", "mlp.down_proj")
+
+# By ``config.model_type``. Whatever is not named is tried as llama-like, which most decoders are.
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family("h", "mlp.c_proj"),
+    "gpt_neox": Family("layers", "mlp.dense_4h_to_h"),
+    "moshi": Family("layers", "mlp.fc2"),
+    "kyutai_speech_to_text": Family("layers", "mlp.fc2"),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a memory can be put."""
+
+    index: int
+    block: nn.Module
+    parent: nn.Module
+    name: str
+    projection: nn.Module
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(D, F): output and input features of the projection."""
+        return projection_shape(self.projection)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The part of a model that runs the blocks."""
+
+    module: nn.Module
+    """Takes ``attention_mask`` and ``position_ids``; calls the blocks."""
+    blocks: nn.ModuleList
+    projection: str
+    """Path from a block to its down projection."""
+
+    def site(self, index: int) -> Site:
+        """The down projection of block ``index``.
+
+        Raises:
+            AttachError: The block has none, or it is not a linear layer (a mixture of experts, say).
+        """
+        block = self.blocks[index]
+        parent, name, projection = self._look_up(block)
+        if parent is not None and isinstance(projection, nn.Module) and _is_linear(projection):
+            return Site(index, block, parent, name, projection)
+        if isinstance(projection, nn.Module):
+            raise AttachError(
+                f"{self.projection!r} of block {index} is a {type(projection).__name__}; a memory can be attached to "
+                f"nn.Linear, transformers' Conv1D, or a PEFT layer around one of them"
+            )
+        if any("expert" in name for name, _ in block.named_modules()):
+            dense = [i for i, other in enumerate(self.blocks) if isinstance(self._look_up(other)[2], nn.Module)]
+            raise AttachError(
+                f"block {index} is a mixture of experts: its down projections see only the tokens routed to them, so "
+                f"no memory can be written there. "
+                + (f"Dense blocks of this model: {dense}" if dense else "This model has no dense block")
+            )
+        candidates = [name for name, module in block.named_modules() if _is_linear(module)]
+        raise AttachError(
+            f"block {index} ({type(block).__name__}) has no module {self.projection!r}. Its linear layers are "
+            f"{candidates}; name the down projection with "
+            f"FastWeightConfig(projection='path.to.blocks.{{layer}}.path.to.projection')"
+        )
+
+    def _look_up(self, block: nn.Module) -> tuple[nn.Module | None, str, object]:
+        """The module that holds the projection, the attribute's name, and what is there."""
+        *path, name = self.projection.split(".")
+        parent: object = block
+        for step in path:
+            parent = getattr(parent, step, None)
+        if not isinstance(parent, nn.Module):
+            return None, name, None
+        return parent, name, getattr(parent, name, None)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "base_layer", module), nn.Linear | Conv1D)
+
+
+def projection_shape(projection: nn.Module) -> tuple[int, int]:
+    """(D, F) of a linear layer, transformers' Conv1D or a PEFT layer around one."""
+    base: Any = getattr(projection, "base_layer", projection)
+    if isinstance(base, Conv1D):
+        inner, width = base.weight.shape
+        return int(width), int(inner)
+    return int(base.out_features), int(base.in_features)
+
+
+def find_decoder(model: nn.Module, projection: str | None = None) -> Decoder:
+    """The decoder of ``model``: by its family, or by a path pattern ``"path.to.blocks.{layer}.path.to.projection"``.
+
+    Raises:
+        AttachError: Nothing in the model looks like a decoder, or the pattern leads nowhere.
+    """
+    if projection is not None:
+        return _by_pattern(model, projection)
+    for module in model.modules():
+        model_type = getattr(getattr(module, "config", None), "model_type", "")
+        if model_type not in _text_types(model):  # the audio or vision tower of a composite model
+            continue
+        family = FAMILIES.get(model_type, _LLAMA_LIKE)
+        blocks = module._modules.get(family.blocks)
+        if isinstance(blocks, nn.ModuleList) and len(blocks):
+            return Decoder(module, blocks, family.projection)
+    raise AttachError(
+        f"no decoder blocks found in {type(model).__name__}. Say where the down projections are with "
+        f"FastWeightConfig(projection='path.to.blocks.{{layer}}.path.to.projection')"
+    )
+
+
+def _text_types(model: nn.Module) -> set[str]:
+    """The ``model_type`` of the model and of its text part."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return set()
+    return {config.model_type, config.get_text_config().model_type}
+
+
+def _by_pattern(model: nn.Module, pattern: str) -> Decoder:
+    path, projection = pattern.split(".{layer}.")
+    modules = dict(model.named_modules())
+    blocks = modules.get(path)
+    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+        lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+        raise AttachError(f"projection={pattern!r}: {path!r} is no list of blocks. The model's lists are {lists}")
+    return Decoder(modules[path.rpartition(".")[0]], blocks, projection)

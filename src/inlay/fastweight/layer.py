@@ -1,0 +1,175 @@
+"""``FastWeightLinear``: the module that takes the place of a down projection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.fastweight.clip import clip_targets
+from inlay.fastweight.config import FastWeightConfig
+from inlay.fastweight.context import ContextHolder, ForwardContext
+from inlay.fastweight.families import projection_shape
+from inlay.fastweight.scan import ScanPlan, scan
+from inlay.fastweight.target import TargetGenerator
+
+
+class Statistics(nn.Module):
+    """Counters of one layer, kept on its device so that counting never waits for it.
+
+    Attributes:
+        updates: Complete chunks seen while clipping is on.
+        clipped: Those that clipping shortened.
+        nonfinite: Whether a training forward gave NaN or infinity.
+    """
+
+    updates: Tensor
+    clipped: Tensor
+    nonfinite: Tensor
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__()
+        for name, dtype in (("updates", torch.long), ("clipped", torch.long), ("nonfinite", torch.bool)):
+            self.register_buffer(name, torch.zeros((), dtype=dtype, device=device), persistent=False)
+
+    def clear(self) -> None:
+        """Start counting anew."""
+        for counter in (self.updates, self.clipped, self.nonfinite):
+            counter.zero_()
+
+
+class FastWeightLinear(nn.Linear):
+    """A down projection whose weight grows with what it has read.
+
+    It stands where the original module stood and shares that module's parameters under their own names, so that the
+    model's ``state_dict`` keeps its keys and gains ``target.conv`` and ``target.projection``. The original module is
+    kept, called for its part of the output, and given back by ``Memory.detach``. A subclass of ``nn.Linear`` only so
+    that tools which ask (PEFT) know it for one.
+
+    Attributes:
+        index: The block it belongs to.
+        target: Convolution and projection of the target.
+        statistics: What the layer counts on its device while it runs.
+    """
+
+    def __init__(self, base: nn.Module, index: int, config: FastWeightConfig, holder: ContextHolder) -> None:
+        nn.Module.__init__(self)
+        # One dictionary for both, so that whatever moves or replaces a parameter of one does so for the other.
+        self.__dict__["_parameters"] = base._parameters
+        self.__dict__["_buffers"] = base._buffers
+        self._modules.update(base._modules)
+        self.__dict__["base"] = base
+        self.out_features, self.in_features = projection_shape(base)
+        self.index = index
+        self.config = config
+        self.holder = holder
+        self.enabled = True
+        weight = next(base.parameters())
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.target = TargetGenerator(self.out_features, config, dtype=dtype, device=weight.device)
+        self.train(base.training)
+        self.mlp_input: Tensor | None = None
+        self.statistics = Statistics(weight.device)
+
+    def train(self, mode: bool = True) -> FastWeightLinear:
+        """Set training mode, of the original module too."""
+        super().train(mode)
+        self.__dict__["base"].train(mode)
+        return self
+
+    def memory_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The memory's own parameters by name: ``conv`` ``[D, K]`` and ``projection`` ``[D, D]``."""
+        return self.target.named_parameters()
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``[B, T, F]`` to ``[B, T, D]``, in the dtype the original module gives."""
+        if not self.enabled:
+            return self.__dict__["base"](z)
+        return self._forward(z)
+
+    @torch.compiler.disable
+    def _forward(self, z: Tensor) -> Tensor:
+        context = self.holder.current
+        if context is None:
+            raise RuntimeError(
+                f"the memory of block {self.index} was called outside a forward of its model, so it cannot know the "
+                "token embeddings and documents. Call the model (or its decoder); to checkpoint blocks, use "
+                "model.gradient_checkpointing_enable() rather than torch.utils.checkpoint around them"
+            )
+        if z.dim() != 3:
+            raise ValueError(f"the memory of block {self.index} expects [B, T, F]; got {[*z.shape]}")
+        return self._apply_memory(z, self._source(context, z), context)
+
+    def _source(self, context: ForwardContext, z: Tensor) -> Tensor:
+        """What the target is made from, ``[B, T, D]``."""
+        x, self.mlp_input = (self.mlp_input if self.config.target == "hidden" else context.x0), None
+        if x is None:
+            raise RuntimeError(f"the memory of block {self.index} was not given {self.config.target!r} for its target")
+        if x.shape != (*z.shape[:2], self.out_features):
+            raise ValueError(
+                f"target={self.config.target!r} has shape {[*x.shape]} at block {self.index}, but the memory needs "
+                f"[B, T, D] = {[*z.shape[:2], self.out_features]}"
+            )
+        return x.to(z.device)
+
+    def _apply_memory(self, z: Tensor, x: Tensor, context: ForwardContext) -> Tensor:
+        config, base = self.config, self.__dict__["base"]
+        layout = context.layout(z.shape[0], z.shape[1], config.chunk_size, z.device)
+        z_packed = layout.pack(z)
+        v = self.target(layout.pack(x)).to(z.dtype)
+        if config.max_update_norm is not None or config.max_update_ratio is not None:
+            v = self._clip(z_packed, v, layout.writes)
+        plan = ScanPlan(layout, config.eta, config.exposure if self.training else 0.0, final_sum=False)
+        if layout.aligned and _is_plain_linear(base):
+            out, _ = scan(z_packed, v, None, plan, weight=base.weight, bias=base.bias)
+            dtype = _linear_dtype(z)
+        else:
+            slow = base(z)
+            fast, _ = scan(z_packed, v, None, plan)
+            out, dtype = slow.to(fast.dtype) + layout.unpack(fast), slow.dtype
+        if self.training:
+            self.statistics.nonfinite |= ~torch.isfinite(out.detach()).all()
+        return out.to(dtype)
+
+    def _clip(self, z: Tensor, v: Tensor, writes: tuple[Tensor | bool, ...]) -> Tensor:
+        limit: float | Tensor
+        if self.config.max_update_norm is not None:
+            limit = self.config.max_update_norm
+        else:
+            assert self.config.max_update_ratio is not None
+            weight = getattr(self.__dict__["base"], "base_layer", self.__dict__["base"]).weight
+            limit = self.config.max_update_ratio * weight.detach().float().norm()
+        v, scale = clip_targets(z, v, self.config.chunk_size, limit)
+        batch = z.shape[0]
+        written = torch.stack(
+            [w if isinstance(w, Tensor) else torch.full((batch,), w, device=z.device) for w in writes], dim=1
+        )
+        self.statistics.clipped += ((scale < 1) & written).sum()
+        self.statistics.updates += written.sum()
+        return v
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"block={self.index}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling ``module`` is ``F.linear`` with its weight and nothing else: no subclass, hook or offloading."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return type(module) is nn.Linear and "forward" not in module.__dict__ and not any(getattr(module, h) for h in hooks)
+
+
+def _linear_dtype(z: Tensor) -> torch.dtype:
+    """The dtype that ``F.linear`` gives for ``z``, under autocast too."""
+    if torch.is_autocast_enabled(z.device.type) and z.dtype != torch.float64:
+        return torch.get_autocast_dtype(z.device.type)
+    return z.dtype
+
+
+def capture_mlp_input(
+    layer: FastWeightLinear, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """A forward pre-hook of the MLP for ``target="hidden"``: note its input ``[B, T, D]``."""
+    layer.mlp_input = args[0] if args else kwargs["hidden_states"]

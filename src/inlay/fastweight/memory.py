@@ -1,0 +1,391 @@
+"""``attach``: put a memory into a model that is already there, and take it out again.
+
+Everything is checked first and changed second. Attached, the model is still the user's own: its class, its
+``state_dict`` keys, ``Trainer``, PEFT and ``generate`` work as before. Nothing outside the model is patched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from inlay.fastweight import checkpoint
+from inlay.fastweight.config import FastWeightConfig
+from inlay.fastweight.context import (
+    ContextHolder,
+    ForwardContext,
+    documents_of,
+    unwrap_checkpointing,
+    wrap_checkpointing,
+)
+from inlay.fastweight.errors import AttachError, MemoryNeverReadError, NonFiniteMemoryError
+from inlay.fastweight.families import Decoder, Site, find_decoder
+from inlay.fastweight.layer import FastWeightLinear, capture_mlp_input
+
+TrainMode = Literal["memory", "memory+layers", "memory+lora", "all"]
+
+
+def attach(model: nn.Module, config: FastWeightConfig) -> Memory:
+    """Give ``model`` a fast-weight memory.
+
+    The down projection of each configured block is replaced by one whose weight grows with what it reads. With
+    ``init="zero"`` the model's outputs do not change until the memory is trained.
+
+    While attached, the model's forward also takes ``document_ids`` ``[B, T]`` (integers, −1 for padding): the memory of
+    a row starts empty at each new id. Without them, padding is read off ``attention_mask`` and packed documents off
+    ``position_ids``.
+
+    Args:
+        model: A Hugging Face causal LM, its decoder, a PEFT model around one, or any module of which
+            ``config.projection`` says where the down projections are.
+        config: See :class:`FastWeightConfig`.
+
+    Returns:
+        The handle of the memory: switch it off, train, save or detach it.
+
+    Raises:
+        AttachError: The configuration does not fit the model, or it has a memory already. The model is unchanged.
+    """
+    if find_memory(model) is not None:
+        raise AttachError(
+            f"{type(model).__name__} has a memory already. Take it out with memory.detach() before attaching another; "
+            "inlay.find_memory(model) gives you its handle"
+        )
+    decoder = find_decoder(model, config.projection)
+    sites = [decoder.site(index) for index in config.layer_indices(len(decoder.blocks))]
+    if config.max_update_ratio is not None:
+        for site in sites:
+            weight: Any = getattr(site.projection, "base_layer", site.projection).weight
+            if not weight.is_floating_point():
+                raise AttachError(
+                    f"max_update_ratio needs the norm of W0, but block {site.index} holds it quantized "
+                    f"({weight.dtype}); use max_update_norm"
+                )
+    return Memory(model, config, decoder, sites)
+
+
+def attach_pretrained(model: nn.Module, directory: str | Path) -> Memory:
+    """Give ``model`` the memory saved in ``directory`` by :meth:`Memory.save_pretrained`.
+
+    Strict in both directions: every tensor of the file must have its place in the model and the other way round. If
+    base weights were trained along with the memory, they are loaded too.
+
+    Raises:
+        CheckpointError: The files are missing, damaged or of another model. The model is unchanged.
+        AttachError: As :func:`attach`.
+    """
+    saved = checkpoint.read(Path(directory))
+    decoder = find_decoder(model, saved.config.projection)
+    checkpoint.check_model(saved, checkpoint.describe_model(model, decoder))
+    memory = attach(model, saved.config)
+    try:
+        checkpoint.load_tensors(saved, memory.layers, memory.base_parameters())
+    except BaseException:
+        memory.detach()
+        raise
+    memory.trained_base.update(saved.base_names)
+    return memory
+
+
+def find_memory(model: nn.Module) -> Memory | None:
+    """The memory attached to ``model`` or to a module within it; None if there is none."""
+    for module in model.modules():
+        memory = module.__dict__.get("inlay_memory")
+        if memory is not None:
+            return memory
+    return None
+
+
+class Memory:
+    """The handle of an attached memory. Made by :func:`attach`.
+
+    Attributes:
+        model: The model it is attached to.
+        config: Its configuration.
+        layers: The memory layers by block index.
+        trained_base: Names of base parameters that took part in training and so are saved with the memory.
+    """
+
+    def __init__(self, model: nn.Module, config: FastWeightConfig, decoder: Decoder, sites: Sequence[Site]) -> None:
+        self.model = model
+        self.config = config
+        self.decoder = decoder
+        self.layers: dict[int, FastWeightLinear] = {}
+        self.trained_base: set[str] = set()
+        self._holder = ContextHolder()
+        self._sites = list(sites)
+        self._handles: list[RemovableHandle] = []
+        self._parameters_of_forward = tuple(inspect.signature(decoder.module.forward).parameters)
+        self._warned = False
+        self._running: list[nn.Module] = []
+        for site in sites:
+            layer = FastWeightLinear(site.projection, site.index, config, self._holder)
+            setattr(site.parent, site.name, layer)
+            self.layers[site.index] = layer
+        self._add_hooks()
+        decoder.module.__dict__["inlay_memory"] = self
+
+    # -- use ---------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run the base model: within the block every memory layer is the original projection, bit for bit."""
+        before = {index: layer.enabled for index, layer in self.layers.items()}
+        try:
+            for layer in self.layers.values():
+                layer.enabled = False
+            yield
+        finally:
+            for index, enabled in before.items():
+                self.layers[index].enabled = enabled
+
+    def detach(self) -> nn.Module:
+        """Take the memory out and give the very modules back that were there before. Returns the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for site in self._sites:
+            layer = self.layers[site.index]
+            for module in self.model.modules():
+                for name, child in list(module._modules.items()):
+                    if child is layer:  # under another wrapper by now, if PEFT came after attach
+                        module._modules[name] = site.projection
+        self.decoder.module.__dict__.pop("inlay_memory", None)
+        return self.model
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write ``memory.safetensors`` and ``memory.json``: the memory's tensors and whatever of the base was trained.
+
+        PEFT adapters are saved by PEFT (``model.save_pretrained``). Each file is written to a temporary one and renamed.
+
+        Raises:
+            NonFiniteMemoryError: The memory holds NaN or infinity.
+        """
+        self.raise_if_not_finite()
+        base = {name: p for name, p in self.base_parameters().items() if name in self.trained_base}
+        checkpoint.write(
+            Path(directory), self.config, checkpoint.describe_model(self.model, self.decoder), self.layers, base
+        )
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The memory's own parameters, named ``"{block}.conv"`` and ``"{block}.projection"``."""
+        for index, layer in self.layers.items():
+            for name, parameter in layer.memory_parameters():
+                yield f"{index}.{name}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The memory's own parameters."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """The base model's parameters by the names it has without wrappers; no memory, no PEFT adapter."""
+        own = {id(parameter) for parameter in self.parameters()} | {id(p) for p in _adapter_parameters(self.model)}
+        return {
+            checkpoint.plain_name(name): parameter
+            for name, parameter in self.model.named_parameters()
+            if id(parameter) not in own
+        }
+
+    def train_only(self, mode: TrainMode = "memory") -> Memory:
+        """Choose what requires a gradient.
+
+        Args:
+            mode: ``memory``: convolution and projection alone. ``memory+layers``: and the whole blocks that hold a
+                memory. ``memory+lora``: and the PEFT LoRA adapters of the model. ``all``: everything.
+
+        Raises:
+            ValueError: An unknown mode, or ``memory+lora`` without adapters.
+        """
+        if mode not in get_args(TrainMode):
+            raise ValueError(f"train_only takes one of {get_args(TrainMode)}; got {mode!r}")
+        adapters = list(_adapter_parameters(self.model))
+        if mode == "memory+lora" and not adapters:
+            raise ValueError(
+                "memory+lora: the model has no LoRA adapters. Wrap it first: peft.get_peft_model(model, LoraConfig(…))"
+            )
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(mode == "all" and parameter.is_floating_point())
+        chosen: list[nn.Parameter] = list(self.parameters())
+        if mode == "memory+layers":
+            chosen += [p for site in self._sites for p in site.block.parameters() if p.is_floating_point()]
+        if mode == "memory+lora":
+            chosen += adapters
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        return self
+
+    def check_lengths(self, document_tokens: Sequence[int]) -> None:
+        """Refuse data whose every document is too short for the memory ever to be read.
+
+        Args:
+            document_tokens: Tokens of each document (of each sequence, with ``boundary="carry"``).
+
+        Raises:
+            MemoryNeverReadError: None is longer than a chunk.
+        """
+        longest = max(document_tokens, default=0)
+        if longest <= self.config.chunk_size:
+            raise MemoryNeverReadError(
+                f"no document is longer than a chunk: the longest has {longest} tokens and chunk_size is "
+                f"{self.config.chunk_size}, so what the memory writes is never read and nothing can be learnt. Use "
+                f"longer sequences, or a chunk_size of {max(1, longest // 4)} or less"
+                + (", or boundary='carry' if neighbours belong together" if self.config.boundary == "reset" else "")
+            )
+
+    def raise_if_not_finite(self, step: int | None = None) -> None:
+        """Check parameters and what training forwards gave since the last call of :meth:`clear_statistics`.
+
+        Raises:
+            NonFiniteMemoryError: Names the first layer, and ``step`` if given.
+        """
+        when = "" if step is None else f" at step {step}"
+        for index, layer in self.layers.items():
+            for name, parameter in layer.memory_parameters():
+                if not torch.isfinite(parameter).all():
+                    raise NonFiniteMemoryError(
+                        f"the memory of block {index} holds NaN or infinity in {name!r}{when}. Lower the learning rate "
+                        f"or eta (now {self.config.eta}), or clip updates with max_update_ratio"
+                    )
+            if bool(layer.statistics.nonfinite):
+                raise NonFiniteMemoryError(
+                    f"the memory of block {index} gave NaN or infinity{when}. Lower eta (now {self.config.eta}) or set "
+                    "max_update_ratio; if the base model alone does so too (memory.disabled()), the fault is there"
+                )
+
+    def clip_rate(self) -> dict[int, float]:
+        """Share of complete chunks whose update was clipped, by block, since :meth:`clear_statistics`."""
+        return {
+            index: int(layer.statistics.clipped) / max(1, int(layer.statistics.updates))
+            for index, layer in self.layers.items()
+        }
+
+    def clear_statistics(self) -> None:
+        """Start counting anew."""
+        for layer in self.layers.values():
+            layer.statistics.clear()
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters())
+        return f"Memory(blocks {list(self.layers)}, {count:,} parameters, eta={self.config.eta}, C={self.config.chunk_size})"
+
+    # -- the forward's context ---------------------------------------------------------------------------------------
+
+    def _add_hooks(self) -> None:
+        outer = {id(m): m for m in (self.model, _unwrapped(self.model), self.decoder.module)}
+        for module in outer.values():
+            is_decoder = module is self.decoder.module
+            enter = functools.partial(self._enter, is_decoder)
+            self._handles += [
+                module.register_forward_pre_hook(enter, with_kwargs=True),
+                module.register_forward_hook(self._leave, always_call=True),
+            ]
+        first = self.decoder.blocks[0]
+        self._handles.append(first.register_forward_pre_hook(self._capture_x0, with_kwargs=True))
+        if self.config.target == "hidden":
+            for site in self._sites:
+                hook = functools.partial(capture_mlp_input, self.layers[site.index])
+                self._handles.append(site.parent.register_forward_pre_hook(hook, with_kwargs=True))
+
+    @torch.compiler.disable
+    def _enter(
+        self, is_decoder: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the model or its decoder runs: open the context, take ``document_ids`` out of the arguments."""
+        stack = self._running
+        if not stack:
+            self._holder.current = ForwardContext()
+        stack.append(module)
+        context = self._holder.current
+        assert context is not None
+        kwargs = dict(kwargs)
+        explicit = kwargs.pop("document_ids", None)
+        if explicit is not None:
+            context.explicit = explicit
+        if is_decoder:
+            self._prepare(context, args, kwargs)
+        return args, kwargs
+
+    @torch.compiler.disable
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After it, or after an error in it."""
+        stack = self._running
+        while stack and stack.pop() is not module:  # an error can leave inner entries behind
+            pass
+        context = self._holder.current
+        if context is not None and module is self.decoder.module:
+            unwrap_checkpointing(context)
+        if not stack:
+            if context is not None:
+                unwrap_checkpointing(context)
+            self._holder.current = None
+
+    def _prepare(self, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Work out the documents of this forward's tokens from the decoder's arguments."""
+        if not any(layer.enabled for layer in self.layers.values()):
+            return
+        given = dict(zip(self._parameters_of_forward, args, strict=False)) | kwargs
+        tokens = next(
+            (given[k] for k in ("input_ids", "inputs_embeds", "hidden_states") if given.get(k) is not None), None
+        )
+        if not isinstance(tokens, Tensor):
+            tokens = next((a for a in args if isinstance(a, Tensor)), None)
+        if tokens is None:
+            return  # the decoder itself will say that its input is missing
+        past = given.get("past_key_values")
+        if past is not None and hasattr(past, "get_seq_length") and int(past.get_seq_length()) > 0:
+            raise NotImplementedError(
+                "the memory cannot yet go on from a KV cache: its state does not travel with it. Generate with "
+                "use_cache=False (each step then reads the whole sequence), or within memory.disabled()"
+            )
+        batch, length = tokens.shape[:2]
+        context.documents = documents_of(
+            batch,
+            length,
+            explicit=context.explicit,
+            attention_mask=given.get("attention_mask"),
+            position_ids=given.get("position_ids"),
+            carry=self.config.boundary == "carry",
+            device=tokens.device,
+        )
+        if self.decoder.module.training and torch.is_grad_enabled():
+            self.trained_base.update(name for name, p in self.base_parameters().items() if p.requires_grad)
+            if not self._warned and length <= self.config.chunk_size:
+                self._warned = True
+                warnings.warn(
+                    f"training on sequences of {length} tokens with chunk_size={self.config.chunk_size}: what the "
+                    "memory writes is never read in them, so it gets no gradient. Use longer sequences or smaller chunks",
+                    stacklevel=2,
+                )
+        wrap_checkpointing(self._holder, [site.block for site in self._sites], context)
+
+    @torch.compiler.disable
+    def _capture_x0(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        context = self._holder.current
+        if context is not None and context.x0 is None:
+            context.x0 = args[0] if args else kwargs["hidden_states"]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model; any other as it is."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def _adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of PEFT adapters in the model."""
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ()) if hasattr(module, "base_layer") else ():
+            adapter = getattr(module, name, None)
+            if isinstance(adapter, nn.Module):
+                yield from adapter.parameters()

@@ -31,13 +31,13 @@ class ForwardContext:
         documents: ``[B, T]`` ids, −1 for padding; None when every row is one document without padding.
         x0: ``[B, T, D]`` what enters the first block.
         explicit: ``document_ids`` as the caller passed them, if any.
-        prepared: Whether ``documents`` has been worked out.
+        recomputing: Whether gradient checkpointing is running a block again.
     """
 
     documents: Tensor | None = None
     x0: Tensor | None = None
     explicit: Tensor | None = None
-    prepared: bool = False
+    recomputing: bool = False
     unwrap: list[tuple[nn.Module, Any]] = field(default_factory=list)
     _layouts: dict[tuple[int, int, int], ChunkLayout] = field(default_factory=dict)
 
@@ -69,9 +69,14 @@ class ContextHolder:
 def wrap_checkpointing(holder: ContextHolder, blocks: list[nn.Module], context: ForwardContext) -> None:
     """Let the checkpointed ``blocks`` find ``context`` again when the backward recomputes them.
 
+    Args:
+        holder: Where the layers look for their context.
+        blocks: The model's first block and those with a memory.
+        context: Of the forward that begins.
+
     Undone by :func:`unwrap_checkpointing` when the forward ends.
     """
-    for block in blocks:
+    for block in {id(block): block for block in blocks}.values():
         function = block.__dict__.get("_gradient_checkpointing_func")
         if function is None or not getattr(block, "gradient_checkpointing", False):
             continue
@@ -95,13 +100,22 @@ def _checkpoint(
     *args: Any,
 ) -> Any:
     """Checkpoint ``block(hidden, *args)`` with this forward's X0 as one more input."""
-    x0 = hidden if context.x0 is None else context.x0  # older transformers hook blocks inside the checkpoint
+    if context.x0 is None:  # older transformers run the first block's hooks inside the checkpoint, which is too late
+        context.x0 = hidden
+    runs = 0
 
     def run(x0: Tensor, hidden: Tensor, *args: Any) -> Any:
-        with holder.using(replace(context, x0=x0)):
+        nonlocal runs
+        runs += 1
+        with holder.using(replace(context, x0=x0, recomputing=runs > 1)):
             return block(hidden, *args)
 
-    return function(run, x0, hidden, *args)
+    return function(run, context.x0, hidden, *args)
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The first tensor that a module was called with: what it works on, by the custom of every model."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 def documents_of(

@@ -7,8 +7,6 @@ The only place that knows. A new family is a line of ``FAMILIES``; a single odd 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -42,14 +40,12 @@ class Site:
 
     index: int
     block: nn.Module
+    mlp: nn.Module
+    """The module of the block that calls the projection."""
     parent: nn.Module
+    """What holds the projection: the MLP, or a PEFT layer around it."""
     name: str
     projection: nn.Module
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(D, F): output and input features of the projection."""
-        return projection_shape(self.projection)
 
 
 @dataclass(frozen=True)
@@ -69,9 +65,12 @@ class Decoder:
             AttachError: The block has none, or it is not a linear layer (a mixture of experts, say).
         """
         block = self.blocks[index]
-        parent, name, projection = self._look_up(block)
-        if parent is not None and isinstance(projection, nn.Module) and _is_linear(projection):
-            return Site(index, block, parent, name, projection)
+        mlp, name, projection = self._look_up(block)
+        parent = mlp
+        while isinstance(getattr(projection, "base_layer", None), nn.Module):  # PEFT came first: go below it
+            parent, name, projection = projection, "base_layer", projection.base_layer  # type: ignore[attr-defined]
+        if isinstance(mlp, nn.Module) and isinstance(parent, nn.Module) and isinstance(projection, nn.Linear | Conv1D):
+            return Site(index, block, mlp, parent, name, projection)
         if isinstance(projection, nn.Module):
             raise AttachError(
                 f"{self.projection!r} of block {index} is a {type(projection).__name__}; a memory can be attached to "
@@ -84,7 +83,7 @@ class Decoder:
                 f"no memory can be written there. "
                 + (f"Dense blocks of this model: {dense}" if dense else "This model has no dense block")
             )
-        candidates = [name for name, module in block.named_modules() if _is_linear(module)]
+        candidates = [name for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)]
         raise AttachError(
             f"block {index} ({type(block).__name__}) has no module {self.projection!r}. Its linear layers are "
             f"{candidates}; name the down projection with "
@@ -102,17 +101,18 @@ class Decoder:
         return parent, name, getattr(parent, name, None)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "base_layer", module), nn.Linear | Conv1D)
-
-
 def projection_shape(projection: nn.Module) -> tuple[int, int]:
-    """(D, F) of a linear layer, transformers' Conv1D or a PEFT layer around one."""
-    base: Any = getattr(projection, "base_layer", projection)
-    if isinstance(base, Conv1D):
-        inner, width = base.weight.shape
+    """(D, F) of a linear layer or transformers' Conv1D."""
+    if isinstance(projection, Conv1D):
+        inner, width = projection.weight.shape
         return int(width), int(inner)
-    return int(base.out_features), int(base.in_features)
+    assert isinstance(projection, nn.Linear)
+    return projection.out_features, projection.in_features
+
+
+def is_called(module: nn.Module) -> bool:
+    """Whether the module has a forward: a ModuleDict that only keeps others does not, and its hooks never run."""
+    return type(module).forward is not nn.Module.forward
 
 
 def find_decoder(model: nn.Module, projection: str | None = None) -> Decoder:
@@ -152,4 +152,7 @@ def _by_pattern(model: nn.Module, pattern: str) -> Decoder:
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
         raise AttachError(f"projection={pattern!r}: {path!r} is no list of blocks. The model's lists are {lists}")
-    return Decoder(modules[path.rpartition(".")[0]], blocks, projection)
+    owner = path.rpartition(".")[0]
+    while owner and not is_called(modules[owner]):
+        owner = owner.rpartition(".")[0]
+    return Decoder(modules[owner], blocks, projection)

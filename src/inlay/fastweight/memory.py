@@ -88,11 +88,10 @@ def attach_pretrained(model: nn.Module, directory: str | Path) -> Memory:
     checkpoint.check_model(saved, checkpoint.describe_model(model, decoder))
     memory = attach(model, saved.config)
     try:
-        checkpoint.load_tensors(saved, memory.layers, memory.base_parameters())
+        memory.load(directory)
     except BaseException:
         memory.detach()
         raise
-    memory.trained_base.update(saved.base_names)
     return memory
 
 
@@ -162,19 +161,35 @@ class Memory:
         self.decoder.module.__dict__.pop("inlay_memory", None)
         return self.model
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path, *, base: bool = True) -> None:
         """Write ``memory.safetensors`` and ``memory.json``: the memory's tensors and whatever of the base was trained.
 
         PEFT adapters are saved by PEFT (``model.save_pretrained``). Each file is written to a temporary one and renamed.
+
+        Args:
+            directory: Made if it is not there.
+            base: False leaves the base model's tensors out, for when the whole model is saved elsewhere.
 
         Raises:
             NonFiniteMemoryError: The memory holds NaN or infinity.
         """
         self.raise_if_not_finite()
-        base = {name: p for name, p in self.base_parameters().items() if name in self.trained_base}
+        trained = {name: p for name, p in self.base_parameters().items() if base and name in self.trained_base}
         checkpoint.write(
-            Path(directory), self.config, checkpoint.describe_model(self.model, self.decoder), self.layers, base
+            Path(directory), self.config, checkpoint.describe_model(self.model, self.decoder), self.layers, trained
         )
+
+    def load(self, directory: str | Path) -> None:
+        """Load the tensors saved in ``directory`` into this memory and its model, as strictly as :func:`attach_pretrained`.
+
+        Raises:
+            CheckpointError: The files are missing, damaged, of another model or of a memory built differently. Nothing
+                is changed.
+        """
+        saved = checkpoint.read(Path(directory))
+        checkpoint.check_model(saved, checkpoint.describe_model(self.model, self.decoder))
+        checkpoint.load_tensors(saved, self.layers, self.base_parameters())
+        self.trained_base.update(saved.base_names)
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,274 @@
+"""One training run: from a recipe to a directory that holds everything about it.
+
+    runs/NAME/
+      recipe.yaml       the recipe as it ran, overrides included
+      metrics.jsonl     what the Trainer logged, one line per log
+      tensorboard/      the same for TensorBoard
+      checkpoint-N/     to resume from
+      model/            a model that was trained from scratch or as a whole without a memory
+      memory/           the memory, with the base weights that were trained along
+      adapter/          PEFT adapters
+      tokenizer/
+      report.html
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from inlay.data import Data, PackingStatistics, PretrainedTokenizer, RecallConfig, TextConfig, load_data
+from inlay.fastweight import InlayError, Memory, attach, attach_pretrained
+from inlay.train.recipe import Recipe, RecipeError, dump_recipe, load_recipe
+from inlay.train.trainer import InlayTrainer, MetricsFile, ProgressBar
+from inlay.train.weights import ADAPTER, MEMORY, MODEL, save_base
+
+RECIPE = "recipe.yaml"
+METRICS = "metrics.jsonl"
+TOKENIZER = "tokenizer"
+DONE = "finished"
+
+_DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_total_limit": 2}
+
+
+class RunError(InlayError, RuntimeError):
+    """A run's directory is not what was asked for."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, loaded.
+
+    Attributes:
+        directory: Where it lies.
+        recipe: What it ran.
+        model: The trained model, in eval mode.
+        memory: Its memory; None if it has none.
+    """
+
+    directory: Path
+    recipe: Recipe
+    model: PreTrainedModel | PeftModel
+    memory: Memory | None
+
+    @property
+    def data_config(self) -> TextConfig | RecallConfig:
+        """The run's data, read with the tokenizer it was trained with, which another machine might not learn again."""
+        data = self.recipe.data
+        if isinstance(data, RecallConfig):
+            return data
+        tokenizer = PretrainedTokenizer(kind="pretrained", name_or_path=str(self.directory / TOKENIZER))
+        return data.model_copy(update={"tokenizer": tokenizer})
+
+
+def train(
+    recipe: Recipe, directory: Path, *, resume: bool = False, console: Console | None = None
+) -> dict[str, float]:
+    """Train what ``recipe`` says and leave everything in ``directory``.
+
+    Args:
+        recipe: A checked recipe.
+        directory: The run's own directory.
+        resume: Go on from the last checkpoint in ``directory``; from the start if there is none.
+        console: Where data and model are summed up before training; None for nowhere.
+
+    Returns:
+        The Trainer's closing metrics.
+
+    Raises:
+        RunError: ``directory`` holds a run already (without ``resume``), or another one (with it).
+        MemoryNeverReadError: No document is longer than a chunk.
+    """
+    console = console or Console(quiet=True)
+    _claim(directory, recipe, resume)
+    set_seed(recipe.seed)
+    data = load_data(recipe.data)
+    model = build_model(recipe, data.vocab_size)
+    memory = _attach(model, recipe)
+    _refuse_unreadable(recipe, data, memory)
+    console.print(_data_table(data, recipe))
+    console.print(_model_line(model, memory))
+
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        seed=recipe.seed,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        **(_DEFAULTS | {"dataloader_pin_memory": torch.cuda.is_available()} | recipe.trainer),
+    )
+    writer = SummaryWriter(str(directory / "tensorboard"))
+    trainer = InlayTrainer(
+        memory=memory,
+        memory_learning_rate=recipe.memory_learning_rate,
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        data_collator=data.collate,
+        callbacks=[MetricsFile(directory / METRICS), TensorBoardCallback(writer)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if not arguments.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressBar)
+    last = get_last_checkpoint(str(directory)) if resume else None
+    if last is not None:
+        console.print(f"resuming from {last}")
+    try:
+        outcome = trainer.train(resume_from_checkpoint=last)
+    finally:
+        writer.close()
+
+    _save(model, memory, data, recipe, directory)
+    return {key: float(value) for key, value in outcome.metrics.items()}
+
+
+def build_model(recipe: Recipe, vocab_size: int) -> PreTrainedModel | PeftModel:
+    """The recipe's model before any memory: pretrained or with random weights, with LoRA adapters if it asks for them.
+
+    Raises:
+        RecipeError: The architecture is unknown or its vocabulary is smaller than the data's.
+    """
+    section = recipe.model
+    options: dict[str, Any] = {} if section.attn_implementation is None else {
+        "attn_implementation": section.attn_implementation
+    }
+    if section.name_or_path is not None:
+        model = AutoModelForCausalLM.from_pretrained(section.name_or_path, dtype=section.dtype, **options)
+    else:
+        assert section.config is not None
+        fields = {"vocab_size": vocab_size, **section.config}
+        try:
+            config = AutoConfig.for_model(**fields)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"model.config: {error}") from error
+        dtype = torch.float32 if section.dtype == "auto" else getattr(torch, section.dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    size = model.get_input_embeddings().num_embeddings
+    if size < vocab_size:
+        raise RecipeError(f"the model knows {size} tokens but the data has {vocab_size}; set model.config.vocab_size")
+    if recipe.lora is not None:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump()))
+    return model
+
+
+def load_run(directory: Path, *, device: str | torch.device | None = None) -> Run:
+    """Load a finished run.
+
+    Raises:
+        RunError: ``directory`` is no run, or one that has not finished.
+    """
+    if not (directory / RECIPE).is_file():
+        raise RunError(f"{directory} is no run: it has no {RECIPE}")
+    recipe = load_recipe(directory / RECIPE)
+    if not (directory / DONE).is_file():
+        raise RunError(f"the run in {directory} has not finished; go on with: inlay train {directory / RECIPE} --resume")
+    own = (directory / MODEL).is_dir()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory / MODEL if own else recipe.model.name_or_path, dtype=recipe.model.dtype
+    )
+    if (directory / ADAPTER).is_dir():
+        model = PeftModel.from_pretrained(model, str(directory / ADAPTER))
+    memory = attach_pretrained(model, directory / MEMORY) if recipe.memory is not None else None
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return Run(directory, recipe, model, memory)
+
+
+def _claim(directory: Path, recipe: Recipe, resume: bool) -> None:
+    """Make the directory this run's, or make sure that it is."""
+    text, path = dump_recipe(recipe), directory / RECIPE
+    if path.exists():
+        if not resume:
+            raise RunError(
+                f"{directory} holds a run already. Go on with --resume, start another with name=…, or remove it"
+            )
+        if load_recipe(path) != recipe:
+            raise RunError(
+                f"{directory} was trained with another recipe ({path}); resume with that one, or choose another name"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _attach(model: PreTrainedModel | PeftModel, recipe: Recipe) -> Memory | None:
+    if recipe.memory is None:
+        return None
+    return attach(model, recipe.memory).train_only(recipe.mode)
+
+
+def _refuse_unreadable(recipe: Recipe, data: Data, memory: Memory | None) -> None:
+    statistics = data.statistics.train
+    if memory is None or statistics is None:
+        return
+    carry = memory.config.boundary == "carry"
+    longest = statistics.sequence_length if carry else int(statistics.piece_tokens.max())
+    memory.check_lengths([longest])
+
+
+def _data_table(data: Data, recipe: Recipe) -> Table:
+    splits = {"training": data.statistics.train, "evaluation": data.statistics.eval}
+    table = Table(title="Data", title_justify="left")
+    table.add_column("")
+    for name in splits:
+        table.add_column(name, justify="right")
+    counts = [_counts(split, recipe) for split in splits.values()]
+    for label in counts[-1]:
+        table.add_row(label, *(count.get(label, "streamed") for count in counts))
+    if data.statistics.skipped:
+        table.caption = f"{data.statistics.skipped} files or lines were skipped, see the warnings above"
+    return table
+
+
+def _counts(split: PackingStatistics | None, recipe: Recipe) -> dict[str, str]:
+    """What is told of a split before training; nothing of a stream, which is not counted beforehand."""
+    if split is None:
+        return {}
+    counts = {
+        "documents": f"{split.documents:,}",
+        "sequences": f"{split.sequences:,} × {split.sequence_length:,}",
+        "tokens": f"{split.tokens:,}",
+        "padding": f"{split.padding_share:.1%}",
+    }
+    if recipe.memory is not None:
+        memory = split.memory(recipe.memory.chunk_size)
+        counts |= {
+            f"chunks of {recipe.memory.chunk_size}": f"{memory.chunks:,}",
+            "pieces of one chunk (never read)": f"{memory.single_chunk_pieces:,}",
+            "tokens that read a memory": f"{memory.reading_share:.1%}",
+        }
+    return counts
+
+
+def _model_line(model: PreTrainedModel | PeftModel, memory: Memory | None) -> str:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    line = f"{type(model).__name__}: {count:,} parameters, {trainable:,} trained"
+    return line if memory is None else f"{line}\n{memory}"
+
+
+def _save(
+    model: PreTrainedModel | PeftModel, memory: Memory | None, data: Data, recipe: Recipe, directory: Path
+) -> None:
+    whole = recipe.model.name_or_path is None or memory is None
+    if whole and isinstance(model, PreTrainedModel):
+        save_base(model, memory, directory / MODEL)
+    if memory is not None:
+        memory.save_pretrained(directory / MEMORY, base=not whole)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(directory / ADAPTER))
+    if data.tokenizer is not None:
+        data.tokenizer.save_pretrained(str(directory / TOKENIZER))
+    (directory / DONE).write_text("")
+
+

@@ -1,0 +1,160 @@
+"""transformers' ``Trainer`` for a model with a memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from inlay.fastweight import Memory
+from inlay.train.weights import load_weights, save_weights
+
+
+class InlayTrainer(Trainer):
+    """A ``Trainer`` that hands document ids to the memory and saves what was trained, not the frozen base.
+
+    Checkpoints hold the memory and the base weights that took part in training (``memory/``) and PEFT adapters
+    (``adapter/``); optimizer, scheduler and random state are the Trainer's own, so a resumed run goes on exactly.
+
+    Args:
+        memory: The memory attached to ``model``; None for a plain model.
+        memory_learning_rate: For the memory's own parameters; None for ``args.learning_rate``.
+        kwargs: As ``transformers.Trainer`` takes them.
+    """
+
+    def __init__(self, *, memory: Memory | None, memory_learning_rate: float | None = None, **kwargs: Any) -> None:
+        self.memory = memory
+        self.memory_learning_rate = memory_learning_rate
+        super().__init__(**kwargs)
+        if memory is not None:
+            self.add_callback(FiniteMemory(memory))
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own loss; document ids go to the memory, if there is one."""
+        inputs = {**inputs, "use_cache": False}
+        if self.memory is None:
+            inputs.pop("document_ids", None)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with the memory's parameters in groups of their own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        if self.memory is None or self.memory_learning_rate is None:
+            return optimizer
+        own = {id(parameter) for parameter in self.memory.parameters()}
+        for group in list(optimizer.param_groups):
+            mine = [p for p in group["params"] if id(p) in own]
+            if mine:
+                group["params"] = [p for p in group["params"] if id(p) not in own]
+                optimizer.add_param_group({**group, "params": mine, "lr": self.memory_learning_rate})
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.memory is None:
+            super()._save(output_dir, state_dict)
+            return
+        save_weights(self.model, self.memory, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.memory is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_weights(self.model, self.memory, Path(resume_from_checkpoint))
+
+
+class FiniteMemory(TrainerCallback):
+    """Stops the run when the memory holds or gives NaN, naming layer and step."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After each optimizer step."""
+        self.memory.raise_if_not_finite(state.global_step)
+
+
+class MetricsFile(TrainerCallback):
+    """Writes what the Trainer logs to a JSONL file, one line per log.
+
+    Args:
+        path: The file. When a run resumes, lines beyond the step it resumes from are dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the lines up to the step the run starts from."""
+        kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self.path)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append one line."""
+        if not state.is_world_process_zero or not logs:
+            return
+        line = {"step": state.global_step, **{key: _plain(value) for key, value in logs.items()}}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class ProgressBar(ProgressCallback):
+    """transformers' progress bar with the latest figures beside it rather than as lines between."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show loss and learning rate."""
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            shown = {k: f"{v:.4g}" for k, v in logs.items() if k in ("loss", "eval_loss", "grad_norm", "learning_rate")}
+            self.training_bar.set_postfix(shown)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line cut short by a kill is left out."""
+    lines: list[dict[str, Any]] = []
+    if not path.exists():
+        return lines
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value: numbers as they are, what is no finite number as text."""
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,105 @@
+"""A recipe is checked when it is read; what is wrong is named with its place and its nearest neighbour."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from inlay.train import RecipeError, dump_recipe, load_recipe, parse_recipe
+
+VALID = {
+    "name": "x",
+    "model": {"config": {"model_type": "llama", "hidden_size": 16}},
+    "memory": {"layers": [1], "chunk_size": 8},
+    "data": {"task": "text", "source": "python-stdlib", "sequence_length": 64, "tokenizer": {"kind": "bytes"}},
+    "mode": "all",
+    "trainer": {"max_steps": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "message"),
+    [
+        ("", "modle", "modle: unknown key; did you mean 'mode'?"),
+        ("memory", "chunksize", "memory.chunksize: unknown key; did you mean 'chunk_size'?"),
+        ("data", "sequence_lenght", "data.text.sequence_lenght: unknown key; did you mean 'sequence_length'?"),
+        ("model", "name_or_pth", "model.name_or_pth: unknown key; did you mean 'name_or_path'?"),
+        ("trainer", "max_step", "trainer: unknown key 'max_step'; did you mean 'max_steps'?"),
+        ("trainer", "output_dir", "'output_dir' is set by the run"),
+        ("evaluate", "blok", "evaluate.blok: unknown key; did you mean 'block'?"),
+    ],
+)
+def test_an_unknown_key_names_its_nearest_neighbour(section: str, key: str, message: str) -> None:
+    raw = copy.deepcopy(VALID)
+    (raw.setdefault(section, {}) if section else raw)[key] = 1
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(raw)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {}}, "give either name_or_path"),
+        ({"model": {"config": {"hidden_size": 16}}}, "config needs a model_type"),
+        ({"mode": "memory"}, "the model has random weights"),
+        ({"memory": None, "mode": "memory", "model": {"name_or_path": "x"}}, "there is no memory"),
+        ({"mode": "memory+lora", "model": {"name_or_path": "x"}}, "go together"),
+        ({"memory": {"layers": "evry:6"}}, 'layers must be "every:k"'),
+        ({"memory": {"conv_kernel": 4}}, "conv_kernel must be odd"),
+        ({"memory": {"eta": "small"}}, "memory.eta"),
+        ({"data": None}, "data"),
+    ],
+)
+def test_a_wrong_value_is_named(change: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=r"no valid recipe") as error:
+        parse_recipe(VALID | change)
+    assert message in str(error.value)
+
+
+def test_every_value_can_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in VALID.items() if k != "name"}))
+    recipe = load_recipe(path, ["trainer.max_steps=7", "memory.eta=1e-2", "seed=3", "data.tokenizer={kind: bytes}"])
+    assert recipe.name == "mine"
+    assert recipe.trainer["max_steps"] == 7
+    assert recipe.memory is not None
+    assert recipe.memory.eta == 0.01
+    assert recipe.seed == 3
+    assert load_recipe(path, ["memory=null"]).memory is None
+    assert load_recipe(path, ["trainer.learning_rate=3e-4"]).trainer["learning_rate"] == 3e-4
+
+
+@pytest.mark.parametrize("override", ["trainer.max_steps", "=3", "mode.x=3", "memory.eta=[1"])
+def test_what_is_no_override_is_refused(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(VALID))
+    with pytest.raises(RecipeError):
+        load_recipe(path, [override])
+
+
+def test_a_file_that_is_no_recipe_is_named_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*none\.yaml"):
+        load_recipe(tmp_path / "none.yaml")
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: x\nmodel: [1\n")
+    with pytest.raises(RecipeError, match=r"bad\.yaml:3: not YAML"):
+        load_recipe(path)
+    path.write_text("- a\n- b\n")
+    with pytest.raises(RecipeError, match="a recipe is a mapping of sections; this file holds a list"):
+        load_recipe(path)
+
+
+def test_a_recipe_survives_the_round_trip(tmp_path: Path) -> None:
+    recipe = parse_recipe(VALID)
+    path = tmp_path / "r.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(path) == recipe
+
+
+@pytest.mark.parametrize("path", sorted(Path("src/inlay/recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_recipes_that_come_along_are_valid(path: Path) -> None:
+    assert load_recipe(path).name == path.stem

@@ -1,0 +1,241 @@
+"""A run trains what it says, leaves everything in one directory, and goes on exactly after a stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from inlay.fastweight import MemoryNeverReadError, NonFiniteMemoryError
+from inlay.train import InlayTrainer, Recipe, RunError, load_run, parse_recipe, read_metrics, train, write_run_report
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def recipe(name: str = "run", trainer: dict[str, Any] | None = None, **sections: Any) -> Recipe:
+    raw = {
+        "name": name,
+        "model": {"config": MODEL},
+        "memory": {"layers": [1], "chunk_size": 8, "eta": 0.1, "init": "next_token"},
+        "data": {"task": "recall", "sequence_length": 32, "pairs": 4, "keys": 8, "values": 8, "eval_examples": 8},
+        "mode": "all",
+        "trainer": {
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **(trainer or {}),
+        },
+        **sections,
+    }
+    return parse_recipe(raw)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in load_run(directory).model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model on disk, as from the hub."""
+    directory = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{k: v for k, v in MODEL.items() if k != "model_type"}, vocab_size=32)).save_pretrained(
+        directory
+    )
+    return directory
+
+
+def test_a_run_leaves_everything_in_its_directory_and_loads_again(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    train(recipe(), directory)
+    names = {path.name for path in directory.iterdir()}
+    assert {"recipe.yaml", "metrics.jsonl", "tensorboard", "model", "memory", "checkpoint-6"} <= names
+    lines = read_metrics(directory / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert any((directory / "tensorboard").iterdir())
+    run = load_run(directory)
+    assert run.memory is not None
+    trained = torch.load(directory / "checkpoint-6" / "optimizer.pt", weights_only=True)["state"]
+    assert len(trained) == len(list(run.model.parameters()))
+    assert "<svg" in write_run_report(directory).read_text()
+
+
+def test_a_loaded_run_gives_the_logits_it_had(tmp_path: Path) -> None:
+    seen: dict[str, torch.Tensor] = {}
+    tokens = torch.arange(32).reshape(1, 32) % 17
+
+    class Remember(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            model.eval()
+            with torch.no_grad():
+                seen["logits"] = model(tokens, use_cache=False).logits
+
+    original = InlayTrainer.__init__
+
+    def with_callback(self: InlayTrainer, **kwargs: Any) -> None:
+        original(self, **kwargs)
+        self.add_callback(Remember)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InlayTrainer, "__init__", with_callback)
+        train(recipe(), tmp_path / "run")
+    with torch.no_grad():
+        assert torch.equal(load_run(tmp_path / "run").model(tokens, use_cache=False).logits, seen["logits"])
+
+
+@pytest.mark.parametrize("extra", [{}, {"gradient_accumulation_steps": 2}], ids=["plain", "accumulation"])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, extra: dict[str, Any]) -> None:
+    train(recipe(trainer=extra), tmp_path / "whole")
+
+    class Stopped(Exception):
+        pass
+
+    class StopAt5(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:  # between two checkpoints
+                raise Stopped
+
+    original = InlayTrainer.__init__
+
+    def with_callback(self: InlayTrainer, **kwargs: Any) -> None:
+        original(self, **kwargs)
+        self.add_callback(StopAt5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InlayTrainer, "__init__", with_callback)
+        with pytest.raises(Stopped):
+            train(recipe(trainer=extra), tmp_path / "cut")
+    with pytest.raises(RunError, match="has not finished"):
+        load_run(tmp_path / "cut")
+    with pytest.raises(RunError, match="holds a run already"):
+        train(recipe(trainer=extra), tmp_path / "cut")
+    train(recipe(trainer=extra), tmp_path / "cut", resume=True)
+
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    figures = [
+        [(line["step"], line["loss"]) for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
+        for name in ("whole", "cut")
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_another_recipe_cannot_be_resumed(tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "run")
+    with pytest.raises(RunError, match="another recipe"):
+        train(recipe(seed=1), tmp_path / "run", resume=True)
+
+
+def test_with_and_without_memory_start_from_the_same_weights(tmp_path: Path) -> None:
+    frozen = {"learning_rate": 0.0, "max_steps": 1}
+    train(recipe(trainer=frozen), tmp_path / "with")
+    train(recipe(trainer=frozen, memory=None), tmp_path / "without")
+    with_memory, without = weights(tmp_path / "with"), weights(tmp_path / "without")
+    assert set(without) < set(with_memory)
+    assert all(torch.equal(with_memory[name], without[name]) for name in without)
+
+
+@pytest.mark.parametrize("mode", ["memory", "memory+layers", "all", "memory+lora"])
+def test_each_mode_trains_its_own_parameters_and_saves_them(tmp_path: Path, pretrained: Path, mode: str) -> None:
+    sections: dict[str, Any] = {"model": {"name_or_path": str(pretrained)}, "mode": mode}
+    if mode == "memory+lora":
+        sections["lora"] = {"r": 2}
+    train(recipe(**sections), tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    assert run.memory is not None
+    before = dict(LlamaForCausalLM.from_pretrained(pretrained).named_parameters())
+    after = run.memory.base_parameters()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    block = {name for name in before if ".layers.1." in name}
+    expected = {"memory": set(), "memory+layers": block, "all": set(before), "memory+lora": set()}[mode]
+    assert changed == expected
+    header = json.loads((tmp_path / "run" / "memory" / "memory.json").read_text())
+    assert {n.removeprefix("base.") for n in header["tensors"] if n.startswith("base.")} == expected
+    assert (tmp_path / "run" / "adapter").exists() == (mode == "memory+lora")
+    moved = dict(run.memory.named_parameters())
+    assert not torch.equal(moved["1.projection"], torch.eye(16))
+    if mode == "memory+lora":
+        assert any(p.abs().sum() > 0 for name, p in run.model.named_parameters() if "lora_B" in name)
+
+
+def test_the_memory_can_have_a_learning_rate_of_its_own(tmp_path: Path) -> None:
+    train(recipe(trainer={"learning_rate": 0.0}, memory_learning_rate=1e-2), tmp_path / "own")
+    train(recipe(trainer={"learning_rate": 0.0}), tmp_path / "none")
+    own, none = weights(tmp_path / "own"), weights(tmp_path / "none")
+    changed = {name for name in own if not torch.equal(own[name], none[name])}
+    assert changed == {f"model.layers.1.mlp.down_proj.target.{part}" for part in ("conv", "projection")}
+
+
+@pytest.mark.parametrize("extra", [{"bf16": True}, {"gradient_checkpointing": True}], ids=["bf16", "checkpointing"])
+def test_bf16_and_checkpointing_stay_close_to_the_plain_run(tmp_path: Path, extra: dict[str, Any]) -> None:
+    train(recipe(trainer=extra), tmp_path / "extra")
+    train(recipe(), tmp_path / "plain")
+    figures = [
+        [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
+        for name in ("extra", "plain")
+    ]
+    tolerance = 0.02 if "bf16" in extra else 1e-5
+    assert figures[0] == pytest.approx(figures[1], rel=tolerance)
+
+
+def test_evaluation_during_training_is_logged(tmp_path: Path) -> None:
+    train(recipe(trainer={"eval_strategy": "steps", "eval_steps": 3}), tmp_path / "run")
+    steps = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in line]
+    assert steps == [3, 6]
+
+
+def test_a_memory_that_can_never_be_read_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(MemoryNeverReadError, match="longest has 32 tokens and chunk_size is 32"):
+        train(recipe(memory={"layers": [1], "chunk_size": 32}), tmp_path / "run")
+
+
+def test_nan_in_the_memory_stops_the_run_and_names_layer_and_step(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteMemoryError, match=r"memory of block 1 .* at step \d"):
+        train(recipe(trainer={"learning_rate": 1e30, "max_grad_norm": 0.0}), tmp_path / "run")
+
+
+def test_a_models_own_frozen_base_is_not_written_to_checkpoints(tmp_path: Path, pretrained: Path) -> None:
+    train(recipe(model={"name_or_path": str(pretrained)}, mode="memory"), tmp_path / "run")
+    files = {path.name for path in (tmp_path / "run" / "checkpoint-3").rglob("*")}
+    assert not {"model.safetensors", "pytorch_model.bin"} & files
+    assert "memory.safetensors" in files
+
+
+def test_text_with_several_documents_in_a_row_trains_with_and_without_memory(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for index in range(12):
+        (corpus / f"{index}.txt").write_text(f"file {index} says " + "abc " * (5 + index))
+    data = {
+        "task": "text",
+        "source": "files",
+        "path": str(corpus),
+        "sequence_length": 48,
+        "packing": "concatenate",
+        "eval_fraction": 0.3,
+        "tokenizer": {"kind": "bytes"},
+    }
+    for name, memory in (("with", {"layers": [1], "chunk_size": 8, "eta": 0.1}), ("without", None)):
+        outcome = train(recipe(data=data, memory=memory), tmp_path / name)
+        assert outcome["train_loss"] > 0
+        assert (tmp_path / name / "tokenizer").is_dir()
+        assert load_run(tmp_path / name).data_config.tokenizer.kind == "pretrained"
+
+

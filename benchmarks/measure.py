@@ -4,25 +4,22 @@ Time. Machines are noisy and drift, so the variants take turns (A B C A B C …)
 ratio of their medians. The ratio of their minima stands beside it: where the two are far apart the machine was busy.
 
 Memory. On CUDA the allocator keeps its own peak. On the CPU the resident size of the process tells little (the C
-library keeps freed pages, and what ran before decides how many), and a dispatch mode sees only the tensors that operators
-return, not what their kernels allocate inside. So the CPU figure adds up the events of PyTorch's own CPU allocator, as
-``torch.profiler`` records them: every allocation and release with its bytes, tensors that autograd saved and temporaries
-of kernels included. What it cannot see is memory that does not come from that allocator, such as the packing buffers of
-the BLAS library, which no variant can help having. Nothing is sampled, so the figure is the same in every run.
+library keeps freed pages, and what ran before decides how many), and a dispatch mode sees only the tensors that
+operators return, not what their kernels allocate inside. So the CPU figure adds up the events of PyTorch's own CPU
+allocator, as ``torch.profiler`` records them: every allocation and release with its bytes, tensors that autograd saved
+and temporaries of kernels included. What it cannot see is memory that does not come from that allocator, such as the
+packing buffers of the BLAS library, which every variant has. Nothing is sampled: the figure is the same in every run.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr otherwise
 
 import torch
 from torch import Tensor

@@ -10,7 +10,9 @@ from rich.console import Console
 
 from inlay import __version__
 
-app = typer.Typer(help="A fixed-size memory for long context, inlaid into a pretrained transformer.", no_args_is_help=True)
+app = typer.Typer(
+    help="A fixed-size memory for long context, inlaid into a pretrained transformer.", no_args_is_help=True
+)
 console = Console()
 errors = Console(stderr=True)
 
@@ -47,14 +49,17 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's directory.", show_default=False)],
 ) -> None:
     """Measure a finished run with its memory on and with η = 0: loss by position, growing context, recall."""
-    from inlay.evaluate import evaluate_run
+    from inlay.data import load_data
+    from inlay.evaluate import evaluate_model
     from inlay.train import load_run, write_run_report
 
-    evaluation = evaluate_run(load_run(run))
-    path = evaluation.write(run / "evaluation.json")
+    loaded = load_run(run)
+    evaluation = evaluate_model(loaded.model, load_data(loaded.data_config), **loaded.recipe.evaluate.model_dump())
+    figures = evaluation.write(run / "evaluation.json")
     for table in evaluation.tables():
         console.print(table)
-    console.print(f"figures: {path}\nreport: {write_run_report(run, evaluation.sections())}")
+    console.print(f"figures: {figures}")
+    console.print(f"report: {write_run_report(run, evaluation.sections())}")
 
 
 @app.command()

@@ -107,7 +107,12 @@ def moshi_config() -> transformers.MoshiConfig:
     size = {k: v for k, v in _SIZE.items() if k != "intermediate_size"}
     depth = size | {"ffn_dim": 16, "input_size": WIDTH, "num_codebooks": 2, "num_hidden_layers": 5}
     return transformers.MoshiConfig(
-        **size, ffn_dim=64, sliding_window=32, num_codebooks=2, audio_encoder_config=_MIMI, depth_decoder_config=depth
+        **size,
+        ffn_dim=64,
+        sliding_window=32,
+        num_codebooks=2,
+        audio_encoder_config=dict(_MIMI),
+        depth_decoder_config=depth,
     )
 
 
@@ -121,22 +126,34 @@ def _kyutai() -> nn.Module:
         codebook_vocab_size=16,
         audio_bos_token_id=15,
         audio_pad_token_id=96,
-        codec_config=_MIMI,
+        codec_config=dict(_MIMI),
     )
     return transformers.KyutaiSpeechToTextForConditionalGeneration(config)
 
 
+class HomeMadeMLP(nn.Module):
+    """A plain MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 32)
+        self.out = nn.Linear(32, WIDTH)
+
+    def forward(self, *, stream: Tensor) -> Tensor:
+        return self.out(self.up(stream).relu())
+
+
 class HomeMadeBlock(nn.Module):
-    """Mixes with the tokens before it, then a plain MLP."""
+    """Mixes with the tokens before it, then the MLP."""
 
     def __init__(self) -> None:
         super().__init__()
         self.mix = nn.Linear(WIDTH, WIDTH)
-        self.ffn = nn.ModuleDict({"up": nn.Linear(WIDTH, 32), "out": nn.Linear(32, WIDTH)})
+        self.ffn = HomeMadeMLP()
 
-    def forward(self, stream: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, *, stream: Tensor, weights: Tensor) -> Tensor:
         stream = stream + self.mix(weights @ stream).tanh()
-        return stream + self.ffn["out"](self.ffn["up"](stream).relu())
+        return stream + self.ffn(stream=stream)
 
 
 class HomeMade(nn.Module):
@@ -232,7 +249,7 @@ class Model:
         """Mean next-token loss."""
         logits = self.logits(model, ids, **kwargs)
         text = ids[..., 0] if self.codebooks else ids
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), text[:, 1:].flatten())
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten())
 
 
 _LLAMA = {"blocks": "model.layers", "projection": "mlp.down_proj", "embedding": "model.embed_tokens.weight"}

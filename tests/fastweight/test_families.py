@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import inlay
 from inlay import AttachError, FastWeightConfig
+from inlay.fastweight import TrainMode
 from inlay.fastweight.families import find_decoder
 from tests.closeness import assert_close, relative_error
 from tests.fastweight.families import (
@@ -183,15 +184,11 @@ def alone(family: Model, model: nn.Module, ids: Tensor, memory: inlay.Memory) ->
     return logits
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Positions that count real tokens alone, as ``generate`` makes them."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
 @every_family
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("target", ["embeddings", "hidden"])
-def test_a_padded_row_is_the_row_alone(family: Model, side: str, target: str) -> None:
+@pytest.mark.parametrize("given", ["mask", "mask and positions"])
+def test_a_padded_row_is_the_row_alone(family: Model, given: str, target: str, side: str) -> None:
     model = family.make()
     memory = inlay.attach(model, family.config(target=target))
     lengths = [TOKENS, 17, 9]
@@ -202,8 +199,11 @@ def test_a_padded_row_is_the_row_alone(family: Model, side: str, target: str) ->
     for i, row in enumerate(rows):
         batch[i, where[i]] = row[0]
         mask[i, where[i]] = 1
-    # The home-made model has no positions at all.
-    extra = {} if family.name == "home-made" else {"position_ids": positions(mask)}
+    # GPT-2 counts padding on the left as positions unless it is told otherwise.
+    if given == "mask and positions" or (family.name == "gpt2" and side == "left"):
+        extra = {"position_ids": (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)}  # as ``generate`` makes them
+    else:
+        extra = {}
     with torch.no_grad():
         together = family.logits(model, batch, attention_mask=mask, **extra)
     for i, row in enumerate(rows):
@@ -222,6 +222,10 @@ def test_a_packed_document_is_the_document_alone(family: Model, target: str) -> 
     documents = [family.tokens(1, length, seed=length) for length in DOCUMENTS]
     packed = torch.cat(documents, dim=1)
     restart = torch.cat([torch.arange(n) for n in DOCUMENTS]).unsqueeze(0)
+    with torch.no_grad(), memory.disabled():
+        base, first = family.logits(model, packed, position_ids=restart), family.logits(model, documents[2])
+    if family.blocks == "model.layers" and "fc2" in family.projection and relative_error(base[:, 7:17], first) > 1e-5:
+        pytest.skip("older transformers let Moshi attend across documents, with or without a memory")
     with torch.no_grad():
         together = family.logits(model, packed, position_ids=restart)
     at = 0
@@ -282,11 +286,17 @@ def test_a_token_of_another_document_never_reaches_the_memory(family: Model) -> 
 
 
 def two_forwards(
-    family: Model, *, target: str, checkpointing: bool, reentrant: bool = False, layers: tuple[int, ...] = ()
+    family: Model,
+    *,
+    target: str,
+    checkpointing: bool,
+    reentrant: bool = False,
+    layers: tuple[int, ...] = (),
+    mode: TrainMode = "all",
 ) -> dict[str, Tensor]:
-    """Gradients of every parameter after two forwards of different inputs and one backward."""
+    """Gradients of what is trained after two forwards of different inputs and one backward."""
     model = family.make().train()
-    inlay.attach(model, family.config(target=target, layers=list(layers or family.memory_blocks))).train_only("all")
+    inlay.attach(model, family.config(target=target, layers=list(layers or family.memory_blocks))).train_only(mode)
     if checkpointing:
         enable_checkpointing(model, reentrant=reentrant)
     first, second = family.tokens(2, TOKENS, seed=1), family.tokens(1, 30, seed=2)
@@ -298,9 +308,8 @@ def two_forwards(
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], family: Model) -> None:
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
-    assert family.embedding in expected
     for name, gradient in expected.items():
         assert_close(actual[name], gradient, 1e-6, name)
 
@@ -310,7 +319,17 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
 def test_two_forwards_before_one_checkpointed_backward_give_the_plain_gradients(family: Model, target: str) -> None:
     plain = two_forwards(family, target=target, checkpointing=False)
     checkpointed = two_forwards(family, target=target, checkpointing=True)
-    assert_same_gradients(checkpointed, plain, family)
+    assert family.embedding in plain
+    assert_same_gradients(checkpointed, plain)
+
+
+@pytest.mark.parametrize("target", ["embeddings", "hidden"])
+def test_a_memory_trained_alone_gets_its_gradients_under_checkpointing(target: str) -> None:
+    """Though nothing that enters a block requires a gradient."""
+    plain = two_forwards(BY_NAME["llama"], target=target, checkpointing=False, mode="memory")
+    checkpointed = two_forwards(BY_NAME["llama"], target=target, checkpointing=True, mode="memory")
+    assert len(plain) == 4
+    assert_same_gradients(checkpointed, plain)
 
 
 @pytest.mark.parametrize("layers", [(0, 2), (1,), (2,)], ids=["first and last", "middle", "last"])
@@ -320,12 +339,13 @@ def test_reentrant_checkpointing_gives_the_plain_gradients(name: str, target: st
     family = BY_NAME[name]
     plain = two_forwards(family, target=target, checkpointing=False, layers=layers)
     reentrant = two_forwards(family, target=target, checkpointing=True, reentrant=True, layers=layers)
-    assert_same_gradients(reentrant, plain, family)
+    assert_same_gradients(reentrant, plain)
 
 
-@every_family
-def test_the_target_gives_the_embedding_a_gradient_of_its_own(family: Model) -> None:
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "home-made"])  # the others round to float32 in their norms
+def test_the_target_gives_the_embedding_a_gradient_of_its_own(name: str) -> None:
     """The path over V is part of the gradient of X0 that finite differences see."""
+    family = BY_NAME[name]
     model = family.make().double()
     memory = inlay.attach(model, family.config(layers=[family.memory_blocks[-1]])).train_only("all")
     ids = family.tokens(1, 14)
@@ -410,7 +430,7 @@ def test_dense_blocks_of_a_mixture_of_experts_are_accepted_and_expert_blocks_ref
     ],
     ids=["moshi-conditional", "moshi-decoder", "gemma3-multimodal", "kyutai-stt", "llama-decoder"],
 )
-def test_the_text_decoder_is_found_and_no_audio_vision_or_depth_tower(build: Callable[[], nn.Module], path: str) -> None:
+def test_the_text_decoder_is_found_and_no_other_tower(build: Callable[[], nn.Module], path: str) -> None:
     model = build()
     decoder = find_decoder(model)
     assert decoder.module is model.get_submodule(path)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -65,7 +65,10 @@ def write(
     layers: Mapping[int, FastWeightLinear],
     base: Mapping[str, Tensor],
 ) -> None:
-    """Write a memory to ``directory``: the tensors first, then the header, each to a temporary file that is renamed."""
+    """Write a memory to ``directory``: both files to temporary ones first, which are then renamed.
+
+    The header holds a checksum of the tensors, so that two halves of different saves are never taken for one.
+    """
     named: dict[str, Tensor] = {
         f"memory.{i}.{name}": p for i, layer in layers.items() for name, p in layer.memory_parameters()
     }
@@ -79,15 +82,19 @@ def write(
         "tensors": {name: [*t.shape] for name, t in tensors.items()},
     }
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(directory / HEADER, lambda path: path.write_text(json.dumps(header, indent=2) + "\n"))
+    with _temporary(directory / TENSORS) as new_tensors, _temporary(directory / HEADER) as new_header:
+        save_file(tensors, new_tensors, metadata={"format": "pt"})
+        header["sha256"] = _digest(new_tensors)
+        new_header.write_text(json.dumps(header, indent=2) + "\n")
+        new_tensors.replace(directory / TENSORS)
+        new_header.replace(directory / HEADER)
 
 
 def read(directory: Path) -> SavedMemory:
     """Read and check what :func:`write` wrote.
 
     Raises:
-        CheckpointError: A file is missing or damaged, of a newer format, or header and tensors disagree.
+        CheckpointError: A file is missing or damaged, of a newer format, or the two are not of one save.
     """
     for name in (HEADER, TENSORS):
         if not (directory / name).is_file():
@@ -102,9 +109,16 @@ def read(directory: Path) -> SavedMemory:
                 f"{FORMAT}; it was written by inlay {header.get('inlay')}"
             )
         config = FastWeightConfig(**header["config"])
-        model, listed = dict(header["model"]), dict(header["tensors"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValidationError) as error:
+        model, listed, digest = dict(header["model"]), dict(header["tensors"]), str(header["sha256"])
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / HEADER} is not a memory's header: {error}") from error
+    if _digest(directory / TENSORS) != digest:
+        raise CheckpointError(
+            f"{directory / TENSORS} is damaged or is not of the same save as {HEADER}: its checksum differs. "
+            "Copy both files again, or take an earlier save"
+        )
     try:
         tensors = load_file(directory / TENSORS)
     except (SafetensorError, OSError) as error:
@@ -156,15 +170,17 @@ def load_tensors(saved: SavedMemory, layers: Mapping[int, FastWeightLinear], bas
             available[name].copy_(tensor)
 
 
-def _replace(path: Path, write_to: Callable[[Path], object]) -> None:
-    """Write a file beside ``path`` and rename it over it, so that at any moment the old one or the new one is there."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """An empty file beside ``path``, to be renamed to it; gone afterwards if it was not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_to(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
+        temporary.touch()
+        yield temporary
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

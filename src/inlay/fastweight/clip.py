@@ -29,8 +29,9 @@ def update_norms(z: Tensor, v: Tensor, chunk_size: int) -> Tensor:
         rest = -x.shape[1] % chunk_size
         return F.pad(x, (0, 0, 0, rest)).reshape(x.shape[0], -1, chunk_size, x.shape[-1])
 
-    zc, vc = chunks(z), chunks(v)
-    squared = ((vc @ vc.mT) * (zc @ zc.mT)).sum((-1, -2))
+    with torch.autocast(z.device.type, enabled=False):
+        zc, vc = chunks(z), chunks(v)
+        squared = ((vc @ vc.mT) * (zc @ zc.mT)).sum((-1, -2))
     # Rounding can leave a tiny negative number, and the root has no derivative at 0.
     return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
 

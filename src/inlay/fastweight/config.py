@@ -13,7 +13,7 @@ from inlay.fastweight.errors import AttachError
 class NormalInit(BaseModel):
     """Initialise convolution and projection from N(0, std²)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     normal: float = Field(gt=0)
     """Standard deviation."""
@@ -22,10 +22,10 @@ class NormalInit(BaseModel):
 class FastWeightConfig(BaseModel):
     """How a fast-weight memory is built and used (In-Place Test-Time Training, ICLR 2026; symbols as in the paper)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     layers: str | list[int] = "every:6"
-    """Which blocks get a memory: ``"every:k"`` (blocks 0, k, 2k, …), ``"all"``, or indices (negative ones count from the end)."""
+    """Which blocks get a memory: ``"every:k"`` (blocks 0, k, 2k, …), ``"all"``, or indices (negative from the end)."""
 
     chunk_size: int = Field(default=1024, ge=1)
     """Tokens per chunk C: what is written becomes readable when its chunk is full."""
@@ -47,10 +47,10 @@ class FastWeightConfig(BaseModel):
     """Divide each token's X0 by its RMS over channels before the convolution (the paper does not)."""
 
     boundary: Literal["reset", "carry"] = "reset"
-    """At a document's start, empty the sum (``reset``, the paper) or go on with it (``carry``: parts of one conversation)."""
+    """At a document's start, empty the sum (``reset``, the paper) or keep it (``carry``: parts of one conversation)."""
 
     exposure: float = Field(default=0.0, ge=0, le=1)
-    """Share α of its own update that a chunk reads while training. Above 0 the model reads ahead; never in eval mode."""
+    """Share α of its own update that a chunk reads while training. Above 0 the model reads ahead. Off in eval mode."""
 
     max_update_norm: float | None = Field(default=None, gt=0)
     """Largest Frobenius norm of one update Δ_i (the paper's τ); None does not clip."""
@@ -83,7 +83,8 @@ class FastWeightConfig(BaseModel):
     def _projection_has_a_layer(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"([^{}]+)\.\{layer\}\.([^{}]+)", value):
             raise ValueError(
-                f"projection must hold one {{layer}} between dots, like 'model.layers.{{layer}}.mlp.down_proj'; got {value!r}"
+                "projection must hold one {layer} between dots, like 'model.layers.{layer}.mlp.down_proj'; "
+                f"got {value!r}"
             )
         return value
 

@@ -5,8 +5,8 @@ hooks on the model, its decoder and the first block into a ``ForwardContext`` th
 
 Gradient checkpointing runs blocks again during the backward, when other forwards may have come and gone (a teacher and
 a student). So while a forward runs, the checkpointing function of each block with a memory is wrapped: the wrapper
-remembers this forward's context and hands X0 through the checkpoint as an input, whose gradient then flows as it should,
-with reentrant and non-reentrant checkpointing alike.
+remembers this forward's context and hands X0 through the checkpoint as an input, whose gradient then flows as it
+should, with reentrant and non-reentrant checkpointing alike.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ class ForwardContext:
         documents: ``[B, T]`` ids, −1 for padding; None when every row is one document without padding.
         x0: ``[B, T, D]`` what enters the first block.
         explicit: ``document_ids`` as the caller passed them, if any.
+        attention_mask: The 2-D one, if the caller or the model gave one.
         recomputing: Whether gradient checkpointing is running a block again.
     """
 
     documents: Tensor | None = None
     x0: Tensor | None = None
     explicit: Tensor | None = None
+    attention_mask: Tensor | None = None
     recomputing: bool = False
     unwrap: list[tuple[nn.Module, Any]] = field(default_factory=list)
     _layouts: dict[tuple[int, int, int], ChunkLayout] = field(default_factory=dict)
@@ -123,7 +125,7 @@ def documents_of(
     tokens: int,
     *,
     explicit: Tensor | None,
-    attention_mask: Any,
+    attention_mask: Tensor | None,
     position_ids: Any,
     carry: bool,
     device: torch.device,
@@ -136,7 +138,7 @@ def documents_of(
     """
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
     real = torch.ones(batch, tokens, dtype=torch.bool, device=device)
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+    if attention_mask is not None:
         real = attention_mask[:, -tokens:].to(device).bool()
     if explicit is not None:
         if explicit.shape != (batch, tokens):

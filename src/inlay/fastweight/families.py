@@ -7,6 +7,7 @@ The only place that knows. A new family is a line of ``FAMILIES``; a single odd 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -67,9 +68,9 @@ class Decoder:
         block = self.blocks[index]
         mlp, name, projection = self._look_up(block)
         parent = mlp
-        while isinstance(getattr(projection, "base_layer", None), nn.Module):  # PEFT came first: go below it
-            parent, name, projection = projection, "base_layer", projection.base_layer  # type: ignore[attr-defined]
-        if isinstance(mlp, nn.Module) and isinstance(parent, nn.Module) and isinstance(projection, nn.Linear | Conv1D):
+        while isinstance(projection, nn.Module) and isinstance(getattr(projection, "base_layer", None), nn.Module):
+            parent, name, projection = projection, "base_layer", projection.base_layer  # PEFT came first: go below it
+        if mlp is not None and parent is not None and isinstance(projection, nn.Linear | Conv1D):
             return Site(index, block, mlp, parent, name, projection)
         if isinstance(projection, nn.Module):
             raise AttachError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from inlay.fastweight.clip import clip_targets
 from inlay.fastweight.config import FastWeightConfig
-from inlay.fastweight.context import ContextHolder, ForwardContext
+from inlay.fastweight.context import ContextHolder, ForwardContext, first_tensor
 from inlay.fastweight.families import projection_shape
 from inlay.fastweight.scan import ScanPlan, scan
 from inlay.fastweight.target import TargetGenerator
@@ -33,6 +33,14 @@ class Statistics(nn.Module):
         super().__init__()
         for name, dtype in (("updates", torch.long), ("clipped", torch.long), ("nonfinite", torch.bool)):
             self.register_buffer(name, torch.zeros((), dtype=dtype, device=device), persistent=False)
+
+    def count(self, scale: Tensor, writes: tuple[Tensor | bool, ...]) -> None:
+        """Count the complete chunks of a forward, given the scales ``[B, N]`` that clipping chose."""
+        written = torch.stack(
+            [w if isinstance(w, Tensor) else torch.full_like(scale[:, 0], w, dtype=torch.bool) for w in writes], dim=1
+        )
+        self.clipped += ((scale < 1) & written).sum()
+        self.updates += written.sum()
 
     def clear(self) -> None:
         """Start counting anew."""
@@ -120,7 +128,9 @@ class FastWeightLinear(nn.Linear):
         z_packed = layout.pack(z)
         v = self.target(layout.pack(x)).to(z.dtype)
         if config.max_update_norm is not None or config.max_update_ratio is not None:
-            v = self._clip(z_packed, v, layout.writes)
+            v, scale = self._clip(z_packed, v)
+            if not context.recomputing:
+                self.statistics.count(scale, layout.writes)
         plan = ScanPlan(layout, config.eta, config.exposure if self.training else 0.0, final_sum=False)
         if layout.aligned and _is_plain_linear(base):
             out, _ = scan(z_packed, v, None, plan, weight=base.weight, bias=base.bias)
@@ -133,22 +143,14 @@ class FastWeightLinear(nn.Linear):
             self.statistics.nonfinite |= ~torch.isfinite(out.detach()).all()
         return out.to(dtype)
 
-    def _clip(self, z: Tensor, v: Tensor, writes: tuple[Tensor | bool, ...]) -> Tensor:
+    def _clip(self, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         limit: float | Tensor
         if self.config.max_update_norm is not None:
             limit = self.config.max_update_norm
         else:
             assert self.config.max_update_ratio is not None
-            weight = getattr(self.__dict__["base"], "base_layer", self.__dict__["base"]).weight
-            limit = self.config.max_update_ratio * weight.detach().float().norm()
-        v, scale = clip_targets(z, v, self.config.chunk_size, limit)
-        batch = z.shape[0]
-        written = torch.stack(
-            [w if isinstance(w, Tensor) else torch.full((batch,), w, device=z.device) for w in writes], dim=1
-        )
-        self.statistics.clipped += ((scale < 1) & written).sum()
-        self.statistics.updates += written.sum()
-        return v
+            limit = self.config.max_update_ratio * self.weight.detach().float().norm()
+        return clip_targets(z, v, self.config.chunk_size, limit)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -172,4 +174,4 @@ def capture_mlp_input(
     layer: FastWeightLinear, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """A forward pre-hook of the MLP for ``target="hidden"``: note its input ``[B, T, D]``."""
-    layer.mlp_input = args[0] if args else kwargs["hidden_states"]
+    layer.mlp_input = first_tensor(args, kwargs)

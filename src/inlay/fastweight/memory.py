@@ -24,11 +24,12 @@ from inlay.fastweight.context import (
     ContextHolder,
     ForwardContext,
     documents_of,
+    first_tensor,
     unwrap_checkpointing,
     wrap_checkpointing,
 )
 from inlay.fastweight.errors import AttachError, MemoryNeverReadError, NonFiniteMemoryError
-from inlay.fastweight.families import Decoder, Site, find_decoder
+from inlay.fastweight.families import Decoder, Site, find_decoder, is_called
 from inlay.fastweight.layer import FastWeightLinear, capture_mlp_input
 
 TrainMode = Literal["memory", "memory+layers", "memory+lora", "all"]
@@ -62,9 +63,14 @@ def attach(model: nn.Module, config: FastWeightConfig) -> Memory:
         )
     decoder = find_decoder(model, config.projection)
     sites = [decoder.site(index) for index in config.layer_indices(len(decoder.blocks))]
-    if config.max_update_ratio is not None:
-        for site in sites:
-            weight: Any = getattr(site.projection, "base_layer", site.projection).weight
+    for site in sites:
+        if config.target == "hidden" and (site.mlp is site.block or not is_called(site.mlp)):
+            raise AttachError(
+                f"target='hidden' takes the input of the module that calls the projection, but block {site.index} has "
+                f"no MLP module with a forward around {site.name!r}; use target='embeddings'"
+            )
+        if config.max_update_ratio is not None:
+            weight: Any = site.projection.weight
             if not weight.is_floating_point():
                 raise AttachError(
                     f"max_update_ratio needs the norm of W0, but block {site.index} holds it quantized "
@@ -111,7 +117,7 @@ class Memory:
         model: The model it is attached to.
         config: Its configuration.
         layers: The memory layers by block index.
-        trained_base: Names of base parameters that took part in training and so are saved with the memory.
+        trained_base: Names of base parameters that a backward has been through, which are saved with the memory.
     """
 
     def __init__(self, model: nn.Module, config: FastWeightConfig, decoder: Decoder, sites: Sequence[Site]) -> None:
@@ -125,7 +131,7 @@ class Memory:
         self._handles: list[RemovableHandle] = []
         self._parameters_of_forward = tuple(inspect.signature(decoder.module.forward).parameters)
         self._warned = False
-        self._running: list[nn.Module] = []
+        self._running: list[int] = []
         for site in sites:
             layer = FastWeightLinear(site.projection, site.index, config, self._holder)
             setattr(site.parent, site.name, layer)
@@ -164,7 +170,7 @@ class Memory:
     def save_pretrained(self, directory: str | Path, *, base: bool = True) -> None:
         """Write ``memory.safetensors`` and ``memory.json``: the memory's tensors and whatever of the base was trained.
 
-        PEFT adapters are saved by PEFT (``model.save_pretrained``). Each file is written to a temporary one and renamed.
+        PEFT adapters are saved by PEFT (``model.save_pretrained``). Old files stay until the new ones are whole.
 
         Args:
             directory: Made if it is not there.
@@ -180,7 +186,7 @@ class Memory:
         )
 
     def load(self, directory: str | Path) -> None:
-        """Load the tensors saved in ``directory`` into this memory and its model, as strictly as :func:`attach_pretrained`.
+        """Load the tensors saved in ``directory`` into this memory and its model, strictly like ``attach_pretrained``.
 
         Raises:
             CheckpointError: The files are missing, damaged, of another model or of a memory built differently. Nothing
@@ -292,58 +298,74 @@ class Memory:
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
-        return f"Memory(blocks {list(self.layers)}, {count:,} parameters, eta={self.config.eta}, C={self.config.chunk_size})"
+        size = f"{count:,} parameters, eta={self.config.eta}, C={self.config.chunk_size}"
+        return f"Memory(blocks {list(self.layers)}, {size})"
 
     # -- the forward's context ---------------------------------------------------------------------------------------
 
     def _add_hooks(self) -> None:
         outer = {id(m): m for m in (self.model, _unwrapped(self.model), self.decoder.module)}
-        for module in outer.values():
-            is_decoder = module is self.decoder.module
-            enter = functools.partial(self._enter, is_decoder)
+        for depth, module in enumerate(outer.values()):
+            enter, leave = functools.partial(self._enter, depth), functools.partial(self._leave, depth)
             self._handles += [
                 module.register_forward_pre_hook(enter, with_kwargs=True),
-                module.register_forward_hook(self._leave, always_call=True),
+                module.register_forward_hook(leave, always_call=True),
             ]
         first = self.decoder.blocks[0]
         self._handles.append(first.register_forward_pre_hook(self._capture_x0, with_kwargs=True))
         if self.config.target == "hidden":
             for site in self._sites:
                 hook = functools.partial(capture_mlp_input, self.layers[site.index])
-                self._handles.append(site.parent.register_forward_pre_hook(hook, with_kwargs=True))
+                self._handles.append(site.mlp.register_forward_pre_hook(hook, with_kwargs=True))
 
     @torch.compiler.disable
     def _enter(
-        self, is_decoder: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before the model or its decoder runs: open the context, take ``document_ids`` out of the arguments."""
-        stack = self._running
-        if not stack:
+        if self._running and depth <= self._running[-1]:  # left behind by a forward that was interrupted (Ctrl-C)
+            self._close()
+        if not self._running:
             self._holder.current = ForwardContext()
-        stack.append(module)
+        self._running.append(depth)
         context = self._holder.current
         assert context is not None
         kwargs = dict(kwargs)
         explicit = kwargs.pop("document_ids", None)
         if explicit is not None:
             context.explicit = explicit
-        if is_decoder:
+        # Composite models make their masks before they call the decoder; the padding is in what they were given.
+        if _is_padding_mask(kwargs.get("attention_mask")):
+            context.attention_mask = kwargs["attention_mask"]
+        if module is self.decoder.module:
             self._prepare(context, args, kwargs)
         return args, kwargs
 
     @torch.compiler.disable
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, depth: int, module: nn.Module, args: Any, output: Any) -> None:
         """After it, or after an error in it."""
-        stack = self._running
-        while stack and stack.pop() is not module:  # an error can leave inner entries behind
-            pass
-        context = self._holder.current
-        if context is not None and module is self.decoder.module:
-            unwrap_checkpointing(context)
-        if not stack:
-            if context is not None:
-                unwrap_checkpointing(context)
-            self._holder.current = None
+        self._running = [running for running in self._running if running < depth]
+        if module is self.decoder.module:
+            self._watch_training(output)
+            if self._holder.current is not None:
+                unwrap_checkpointing(self._holder.current)
+        if not self._running:
+            self._close()
+
+    def _close(self) -> None:
+        """Forget the context of the forward that is over."""
+        if self._holder.current is not None:
+            unwrap_checkpointing(self._holder.current)
+        self._running = []
+        self._holder.current = None
+
+    def _watch_training(self, output: Any) -> None:
+        """Once a backward goes through this forward, what of the base required a gradient in it counts as trained."""
+        outputs = tuple(output.values()) if isinstance(output, dict) else output
+        first = first_tensor(outputs if isinstance(outputs, tuple) else (outputs,), {})
+        if first is not None and first.requires_grad:
+            names = [name for name, p in self.base_parameters().items() if p.requires_grad]
+            first.register_hook(lambda gradient: self.trained_base.update(names))  # type: ignore[no-untyped-call]
 
     def _prepare(self, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Work out the documents of this forward's tokens from the decoder's arguments."""
@@ -354,7 +376,7 @@ class Memory:
             (given[k] for k in ("input_ids", "inputs_embeds", "hidden_states") if given.get(k) is not None), None
         )
         if not isinstance(tokens, Tensor):
-            tokens = next((a for a in args if isinstance(a, Tensor)), None)
+            tokens = first_tensor(args, kwargs)
         if tokens is None:
             return  # the decoder itself will say that its input is missing
         past = given.get("past_key_values")
@@ -368,33 +390,38 @@ class Memory:
             batch,
             length,
             explicit=context.explicit,
-            attention_mask=given.get("attention_mask"),
+            attention_mask=given["attention_mask"]
+            if _is_padding_mask(given.get("attention_mask"))
+            else context.attention_mask,
             position_ids=given.get("position_ids"),
             carry=self.config.boundary == "carry",
             device=tokens.device,
         )
-        if self.decoder.module.training and torch.is_grad_enabled():
-            self.trained_base.update(name for name, p in self.base_parameters().items() if p.requires_grad)
-            if not self._warned and length <= self.config.chunk_size:
-                self._warned = True
-                warnings.warn(
-                    f"training on sequences of {length} tokens with chunk_size={self.config.chunk_size}: what the "
-                    "memory writes is never read in them, so it gets no gradient. Use longer sequences or smaller chunks",
-                    stacklevel=2,
-                )
-        wrap_checkpointing(self._holder, [site.block for site in self._sites], context)
+        training = self.decoder.module.training and torch.is_grad_enabled()
+        if training and not self._warned and length <= self.config.chunk_size:
+            self._warned = True
+            warnings.warn(
+                f"training on sequences of {length} tokens with chunk_size={self.config.chunk_size}: what the "
+                "memory writes is never read in them, so it gets no gradient. Use longer sequences or smaller chunks",
+                stacklevel=2,
+            )
+        wrap_checkpointing(self._holder, [self.decoder.blocks[0], *(site.block for site in self._sites)], context)
 
     @torch.compiler.disable
     def _capture_x0(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         context = self._holder.current
         if context is not None and context.x0 is None:
-            context.x0 = args[0] if args else kwargs["hidden_states"]
+            context.x0 = first_tensor(args, kwargs)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model; any other as it is."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
+
+
+def _is_padding_mask(mask: object) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2
 
 
 def _adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

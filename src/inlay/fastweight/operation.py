@@ -23,7 +23,9 @@ def fast_weight_linear(
     documents: Tensor | None = None,
     state: FastWeightState | None = None,
 ) -> tuple[Tensor, FastWeightState]:
-    """Apply ``weight`` plus the updates of the chunks before, then write this chunk's update: O_i = Z_i (W0 + η Σ_{j<i} V_jᵀ Z_j)ᵀ.
+    """Apply ``weight`` plus the updates of the chunks before, then write this chunk's.
+
+    O_i = Z_i (W0 + η Σ_{j<i} V_jᵀ Z_j)ᵀ
 
     In-Place Test-Time Training (ICLR 2026), Algorithm 1. The scan of :mod:`inlay.fastweight.scan`: memory flat in the
     number of chunks, 14·T·D·F flops forward and backward (the plain linear: 6·T·D·F). Its slow twin is

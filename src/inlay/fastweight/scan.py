@@ -10,9 +10,9 @@ For chunks i = 1 … n of one row (η step size, α exposure, Δ_i = V_iᵀ Z_i,
 
 S runs forwards through the chunks, G backwards. So the backward walks twice: once forwards, building S again exactly as
 the forward built it, for the terms that need S; once backwards, for those that need G. Nothing per chunk is kept, one
-``[B, D, F]`` buffer serves S and then G, and since no Δ is ever taken back out of a sum, nothing is lost to cancellation
-however many chunks there are (a backward that subtracts would need the same 14·T·D·F flops). Where documents start, S
-and G are emptied.
+``[B, D, F]`` buffer serves S and then G, and since no Δ is ever taken back out of a sum, nothing is lost to
+cancellation however many chunks there are (a backward that subtracts would need the same 14·T·D·F flops). Where
+documents start, S and G are emptied.
 
 Numbers: S and G are float32 (float64 for float64 input). The fast term is a product of its own, added to Z W0ᵀ in
 float32, so that a sum far below the resolution of a bf16 W0 still acts. Only for the gradient of a bf16 z, which is
@@ -198,7 +198,7 @@ def _chunks(plan: ScanPlan) -> list[_Chunk]:
 
 
 def _operand(x: Tensor, chunk: _Chunk | None = None) -> Tensor:
-    """``x`` (or a chunk of it) in the dtype its products are computed in: bf16 on CUDA as it is, else at least float32."""
+    """``x`` (or a chunk of it) in the dtype of its products: bf16 on CUDA as it is, else float32 or more."""
     part = x if chunk is None else x[:, chunk.span]
     if part.is_cuda and part.dtype == torch.bfloat16:
         return part

@@ -4,13 +4,13 @@ A row is one sequence of a batch. Four things describe where it stands:
 
 * ``sum``: Σ Δ_j over the committed chunks of the current document, ``[D, F]``, in float32 (float64 when the model is);
 * ``phase``: how many tokens of the open chunk have been read, ``0 ≤ phase < C``;
-* ``z`` and ``x``: those tokens' operands, in buffers of ``C`` slots. ``z`` is the input of the down projection. ``x`` is
+* ``z`` and ``x``: those tokens' operands, in buffers of ``C`` slots. ``z`` is the input of the down projection, ``x``
   whatever the target is made from: the target V itself in the bare operation, the token embeddings X0 in the layer,
   where V can be made only when the chunk is full, because its convolution looks two tokens ahead;
 * ``document``: the id of the document being read (``NO_DOCUMENT`` before the first token).
 
 A chunk is committed (its Δ added to the sum) when its last token arrives, never earlier: an incomplete chunk stays
-pending however the tokens are cut into calls. That is what makes a whole forward and any sequence of smaller ones agree.
+pending however the tokens are cut into calls. That is what makes a whole forward and any run of smaller ones agree.
 """
 
 from __future__ import annotations

@@ -44,8 +44,7 @@ class TargetGenerator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Targets ``[B, T', D]`` of tokens ``x [B, T', D]`` in chunk order (the last chunk may be short)."""
         if self.normalize:
-            rms = x.float().pow(2).mean(-1, keepdim=True).sqrt()
-            x = (x / rms.clamp(min=torch.finfo(torch.float32).tiny)).to(x.dtype)
+            x = _unit_rms(x)
         batch, tokens, width = x.shape
         size = min(self.chunk_size, tokens)
         chunks = -(-tokens // size)
@@ -54,3 +53,11 @@ class TargetGenerator(nn.Module):
         mixed = F.conv1d(grid.mT, taps, padding=taps.shape[-1] // 2, groups=width).mT
         mixed = mixed.reshape(batch, chunks * size, width)[:, :tokens]
         return F.linear(mixed, self.projection.to(mixed.dtype))
+
+
+def _unit_rms(x: Tensor) -> Tensor:
+    """Each token divided by its RMS over channels; a token that is all zero stays so, and gets no gradient."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    square = wide.pow(2).mean(-1, keepdim=True)
+    tiny = torch.finfo(square.dtype).tiny
+    return (wide * square.clamp(min=tiny).rsqrt() * (square > tiny)).to(x.dtype)

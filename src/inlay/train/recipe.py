@@ -238,7 +238,9 @@ def _fields_at(location: Sequence[str]) -> set[str]:
     """Names of the fields that exist at a place of the recipe."""
     models: list[type[BaseModel]] = [Recipe]
     for step in location:
-        inner = [m for model in models if step in model.model_fields for m in _models(model.model_fields[step].annotation)]
+        inner = [
+            m for model in models if step in model.model_fields for m in _models(model.model_fields[step].annotation)
+        ]
         # A step that is no field is the tag by which a discriminated union chose its member.
         models = inner or [m for m in models if any(_is_tag(f.annotation, step) for f in m.model_fields.values())]
     return {name for model in models for name in model.model_fields}

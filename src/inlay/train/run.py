@@ -1,15 +1,15 @@
 """One training run: from a recipe to a directory that holds everything about it.
 
-    runs/NAME/
-      recipe.yaml       the recipe as it ran, overrides included
-      metrics.jsonl     what the Trainer logged, one line per log
-      tensorboard/      the same for TensorBoard
-      checkpoint-N/     to resume from
-      model/            a model that was trained from scratch or as a whole without a memory
-      memory/           the memory, with the base weights that were trained along
-      adapter/          PEFT adapters
-      tokenizer/
-      report.html
+runs/NAME/
+  recipe.yaml       the recipe as it ran, overrides included
+  metrics.jsonl     what the Trainer logged, one line per log
+  tensorboard/      the same for TensorBoard
+  checkpoint-N/     to resume from
+  model/            a model that was trained from scratch or as a whole without a memory
+  memory/           the memory, with the base weights that were trained along
+  adapter/          PEFT adapters
+  tokenizer/
+  report.html
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ class Run:
         return data.model_copy(update={"tokenizer": tokenizer})
 
 
-def train(
-    recipe: Recipe, directory: Path, *, resume: bool = False, console: Console | None = None
-) -> dict[str, float]:
+def train(recipe: Recipe, directory: Path, *, resume: bool = False, console: Console | None = None) -> dict[str, float]:
     """Train what ``recipe`` says and leave everything in ``directory``.
 
     Args:
@@ -141,9 +139,9 @@ def build_model(recipe: Recipe, vocab_size: int) -> PreTrainedModel | PeftModel:
         RecipeError: The architecture is unknown or its vocabulary is smaller than the data's.
     """
     section = recipe.model
-    options: dict[str, Any] = {} if section.attn_implementation is None else {
-        "attn_implementation": section.attn_implementation
-    }
+    options: dict[str, Any] = (
+        {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
+    )
     if section.name_or_path is not None:
         model = AutoModelForCausalLM.from_pretrained(section.name_or_path, dtype=section.dtype, **options)
     else:
@@ -173,7 +171,9 @@ def load_run(directory: Path, *, device: str | torch.device | None = None) -> Ru
         raise RunError(f"{directory} is no run: it has no {RECIPE}")
     recipe = load_recipe(directory / RECIPE)
     if not (directory / DONE).is_file():
-        raise RunError(f"the run in {directory} has not finished; go on with: inlay train {directory / RECIPE} --resume")
+        raise RunError(
+            f"the run in {directory} has not finished; go on with: inlay train {directory / RECIPE} --resume"
+        )
     own = (directory / MODEL).is_dir()
     model = AutoModelForCausalLM.from_pretrained(
         directory / MODEL if own else recipe.model.name_or_path, dtype=recipe.model.dtype
@@ -270,5 +270,3 @@ def _save(
     if data.tokenizer is not None:
         data.tokenizer.save_pretrained(str(directory / TOKENIZER))
     (directory / DONE).write_text("")
-
-

@@ -77,9 +77,7 @@ class FiniteMemory(TrainerCallback):
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After each optimizer step."""
         self.memory.raise_if_not_finite(state.global_step)
 

@@ -39,5 +39,3 @@ def save_base(model: PreTrainedModel, memory: Memory | None, directory: Path) ->
     own = set() if memory is None else {id(parameter) for parameter in memory.parameters()}
     state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in own}
     model.save_pretrained(str(directory), state_dict=state)
-
-

@@ -1,0 +1,145 @@
+"""Recall: of the values that a sequence asks for, how many does the model name, and how far back were they?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from inlay.data.packing import NO_LABEL, TOKEN_COLUMNS, collate
+from inlay.data.recall import RecallDataset
+from inlay.evaluate.intervals import Interval
+from inlay.evaluate.scoring import (
+    EvaluationError,
+    Floats,
+    Integers,
+    Progress,
+    batches,
+    choose,
+    device_of,
+    divide,
+    evaluating,
+    logits_of,
+)
+from inlay.report.series import wilson
+
+
+@dataclass(frozen=True, eq=False)
+class RecallAccuracy:
+    """Answers to recall questions, by distance from the pair's value to the key that asks.
+
+    Attributes:
+        edges: ``[N + 1]`` edges of the distance bins, in tokens; a bin holds its lower edge and not its upper one.
+        correct: ``[N]`` right answers.
+        counts: ``[N]`` questions.
+        chance: Share that guessing among the values gets right.
+    """
+
+    edges: Floats
+    correct: Integers
+    counts: Integers
+    chance: float
+
+    @property
+    def questions(self) -> int:
+        """Questions in all."""
+        return int(self.counts.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, 0 to 1."""
+        return float(self.correct.sum() / self.counts.sum())
+
+    @property
+    def by_distance(self) -> Floats:
+        """``[N]`` share of right answers in each bin; NaN where there is no question."""
+        return divide(self.correct.astype(np.float64), self.counts)
+
+    def interval(self) -> Interval:
+        """The accuracy with its 95 % interval (Wilson)."""
+        low, high = wilson(np.array([self.accuracy]), np.array([float(self.questions)]))
+        return Interval(self.accuracy, float(low[0]), float(high[0]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types."""
+        return {
+            "accuracy": self.interval().to_json(),
+            "questions": self.questions,
+            "chance": self.chance,
+            "distance_edges": self.edges.tolist(),
+            "accuracy_by_distance": self.by_distance.tolist(),
+            "counts": self.counts.tolist(),
+        }
+
+
+def recall_accuracy(
+    model: nn.Module,
+    dataset: RecallDataset,
+    *,
+    bins: int | Sequence[float] = 8,
+    batch_size: int = 32,
+    device: torch.device | str | None = None,
+    max_sequences: int | None = None,
+    progress: Progress | None = None,
+) -> RecallAccuracy:
+    """The share of questions whose value has the largest logit of the whole vocabulary at the key that asks.
+
+    Teacher-forced: earlier answers in the sequence are the right ones, whatever the model would have said.
+
+    Args:
+        model: A causal LM, as in :func:`inlay.evaluate.loss_by_position`.
+        dataset: Recall sequences.
+        bins: Distance bins: as many of equal width over the distances met, or their edges, ascending.
+        batch_size: Sequences in a batch B.
+        device: Where the model is; by default its first parameter's.
+        max_sequences: Take no more than so many sequences, evenly spaced over the data set.
+        progress: Called after each batch with the sequences done and in all.
+
+    Raises:
+        EvaluationError: There is no sequence, or the edges do not take in every distance.
+    """
+    where = device_of(model) if device is None else torch.device(device)
+    with_distances = partial(collate, columns=(*TOKEN_COLUMNS, "distances"))
+    distances, right = [], []
+    with evaluating(model):
+        for batch in batches(
+            dataset,
+            choose(len(dataset), max_sequences),
+            collate=with_distances,
+            batch_size=batch_size,
+            device=where,
+            progress=progress,
+        ):
+            wanted = batch["labels"][:, 1:]
+            asked = wanted != NO_LABEL
+            answers = logits_of(model, batch)[:, :-1].argmax(-1)
+            right.append((answers == wanted)[asked].cpu().numpy())
+            distances.append(batch["distances"][:, 1:][asked].cpu().numpy())
+    distance, correct = np.concatenate(distances), np.concatenate(right)
+    edges = _edges(bins, distance)
+    return RecallAccuracy(
+        edges,
+        np.histogram(distance[correct], edges)[0].astype(np.int64),
+        np.histogram(distance, edges)[0].astype(np.int64),
+        1 / dataset.config.values,
+    )
+
+
+def _edges(bins: int | Sequence[float], distance: Integers) -> Floats:
+    first, last = int(distance.min()), int(distance.max())
+    if isinstance(bins, int):
+        if bins < 1:
+            raise EvaluationError(f"bins should be at least 1; got {bins}")
+        return np.unique(np.linspace(first, last + 1, bins + 1).round())
+    edges = np.asarray(bins, dtype=np.float64)
+    if len(edges) < 2 or not (np.diff(edges) > 0).all() or edges[0] > first or edges[-1] <= last:
+        raise EvaluationError(
+            f"the edges of the distance bins should ascend and take in every distance from {first} to {last}; got "
+            f"{[*bins]}"
+        )
+    return edges

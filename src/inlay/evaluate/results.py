@@ -1,0 +1,233 @@
+"""Evaluations gathered by variant, as JSON, as tables and as sections of a report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import rich.table
+
+from inlay.evaluate.intervals import Interval
+from inlay.evaluate.position import PositionLoss, difference
+from inlay.evaluate.recall import RecallAccuracy
+from inlay.evaluate.scoring import EvaluationError
+from inlay.evaluate.window import GrowingContext
+from inlay.report import Section, Series, Table, accuracy_by_distance, line_plot, loss_by_position
+from inlay.report.document import replace_atomically
+from inlay.report.numbers import MINUS, MISSING
+
+Result: TypeAlias = PositionLoss | GrowingContext | RecallAccuracy
+
+QUARTER_NAMES = ("1st quarter", "2nd quarter", "3rd quarter", "last quarter")
+PLOTTED_POSITIONS = 48
+
+
+@dataclass
+class Evaluation:
+    """What was measured of some variants of a model, such as "memory", "eta = 0" and "no memory".
+
+    Attributes:
+        baseline: The variant that the others' gains are counted from (its loss minus theirs: above zero they are
+            better). None, or a variant that was not measured: no gains.
+        window: Attention window in tokens, marked in the plots.
+        losses: Loss by position by variant.
+        contexts: Growing context by variant.
+        recalls: Recall by variant.
+    """
+
+    baseline: str | None = None
+    window: int | None = None
+    losses: dict[str, PositionLoss] = field(default_factory=dict)
+    contexts: dict[str, GrowingContext] = field(default_factory=dict)
+    recalls: dict[str, RecallAccuracy] = field(default_factory=dict)
+
+    def add(self, results: Mapping[str, Result]) -> Evaluation:
+        """Add results by variant, of any kind; gives itself back.
+
+        Raises:
+            EvaluationError: A loss is of other sequences or documents than those already here.
+        """
+        for name, result in results.items():
+            if isinstance(result, PositionLoss):
+                for other in self.losses.values():
+                    difference(result, other)
+                self.losses[name] = result
+            elif isinstance(result, GrowingContext):
+                for context in self.contexts.values():
+                    result.gain(context)
+                self.contexts[name] = result
+            elif isinstance(result, RecallAccuracy):
+                self.recalls[name] = result
+            else:
+                raise EvaluationError(f"{name!r} is a {type(result).__name__}, not a result of inlay.evaluate")
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything in plain JSON types; what is not a finite number is None."""
+        content: dict[str, Any] = {"baseline": self.baseline, "attention_window": self.window}
+        if self.losses:
+            gains = {name: self._loss_gain(name) for name in self._compared(self.losses)}
+            content["loss_by_position"] = {
+                "variants": {name: loss.to_json() for name, loss in self.losses.items()},
+                "gain_over_baseline": {
+                    name: {"mean": gain[-1].to_json(), "quarters": [one.to_json() for one in gain[:-1]]}
+                    for name, gain in gains.items()
+                },
+            }
+        if self.contexts:
+            content["growing_context"] = {
+                "variants": {name: context.to_json() for name, context in self.contexts.items()},
+                "gain_over_baseline": {
+                    name: [one.to_json() for one in self._context_gain(name)] for name in self._compared(self.contexts)
+                },
+            }
+        if self.recalls:
+            content["recall"] = {"variants": {name: recall.to_json() for name, recall in self.recalls.items()}}
+        plain: dict[str, Any] = _plain(content)
+        return plain
+
+    def write(self, path: str | Path) -> Path:
+        """Write :meth:`to_json` to ``path``, whole or not at all; its folder is made if missing."""
+        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
+        return replace_atomically(Path(path), (text + "\n").encode())
+
+    def tables(self) -> list[rich.table.Table]:
+        """One table for each kind of measurement, for the terminal."""
+        shown = []
+        for title, grid in self._grids():
+            table = rich.table.Table(title=title, title_justify="left", caption=grid.caption, caption_justify="left")
+            for index, heading in enumerate(grid.columns):
+                table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
+            for row in grid.rows:
+                table.add_row(*(str(cell) for cell in row))
+            shown.append(table)
+        return shown
+
+    def sections(self) -> list[Section]:
+        """One section for each kind of measurement, with a plot and its table."""
+        marks = {float(self.window): "attention window"} if self.window else None
+        plots = []
+        if self.losses:
+            curves = {name: loss.buckets(PLOTTED_POSITIONS)[:2] for name, loss in self.losses.items()}
+            baseline = self.baseline if self.baseline in self.losses else None
+            plots.append(loss_by_position(curves, baseline=baseline, marks=marks))
+        if self.contexts:
+            lines = [
+                Series(name, context.contexts, context.bits, muted=name == self.baseline)
+                for name, context in self.contexts.items()
+            ]
+            plots.append(
+                line_plot(
+                    lines,
+                    xlabel="context before the block, tokens",
+                    ylabel="loss on the final block, bits per token",
+                    title="Loss with a growing context",
+                    log_x=True,
+                    marks=marks,
+                )
+            )
+        if self.recalls:
+            answers = {name: (one.edges, one.by_distance, one.counts) for name, one in self.recalls.items()}
+            if any((one.counts == 0).any() for one in self.recalls.values()):
+                answers = {name: _without_gaps(one) for name, one in self.recalls.items()}
+            plots.append(accuracy_by_distance(answers, baseline=self.baseline, marks=marks))
+        return [
+            Section(title, items=[plot.figure(), grid])
+            for (title, grid), plot in zip(self._grids(), plots, strict=True)
+        ]
+
+    def _grids(self) -> list[tuple[str, Table]]:
+        grids = []
+        if self.losses:
+            grids.append(("Loss by position", self._loss_grid()))
+        if self.contexts:
+            grids.append(("Loss with a growing context", self._context_grid()))
+        if self.recalls:
+            grids.append(("Recall", self._recall_grid()))
+        return grids
+
+    def _loss_grid(self) -> Table:
+        rows = [[name, *map(_figure, loss.quarters()), _figure(loss.mean)] for name, loss in self.losses.items()]
+        for name in self._compared(self.losses):
+            rows.append([f"gain of {name}", *map(_gain, self._loss_gain(name))])
+        first = next(iter(self.losses.values()))
+        caption = f"Bits per token, {first.tokens:,} tokens in {first.sequences:,} sequences{self._gain_note(rows)}"
+        return Table(["", *QUARTER_NAMES, "all"], rows, caption)
+
+    def _context_grid(self) -> Table:
+        rows = [[name, *map(_figure, context.bits)] for name, context in self.contexts.items()]
+        rows += [
+            [f"{name}, perplexity", *(f"{value:,.2f}" for value in context.perplexity)]
+            for name, context in self.contexts.items()
+        ]
+        for name in self._compared(self.contexts):
+            rows.append([f"gain of {name}", *map(_gain, self._context_gain(name))])
+        first = next(iter(self.contexts.values()))
+        caption = (
+            f"Bits per token on the final {first.block:,} tokens of {first.documents:,} documents "
+            f"({first.left_out:,} too short), by tokens of context{self._gain_note(rows)}"
+        )
+        return Table(["", *(f"{context:,}" for context in first.contexts)], rows, caption)
+
+    def _recall_grid(self) -> Table:
+        rows: list[list[str]] = []
+        for name, recall in self.recalls.items():
+            answer = recall.interval()
+            rows.append(
+                [
+                    name,
+                    f"{100 * answer.mean:.1f} %",
+                    f"{100 * answer.low:.1f} to {100 * answer.high:.1f} %",
+                    f"{recall.questions:,}",
+                    f"{100 * recall.chance:.1f} %",
+                ]
+            )
+        return Table(["", "right answers", "95 % interval", "questions", "by chance"], rows)
+
+    def _compared(self, variants: Mapping[str, Result]) -> list[str]:
+        return [name for name in variants if name != self.baseline] if self.baseline in variants else []
+
+    def _loss_gain(self, name: str) -> tuple[Interval, ...]:
+        assert self.baseline is not None
+        gain = difference(self.losses[self.baseline], self.losses[name])
+        return (*gain.quarters, gain.mean)
+
+    def _context_gain(self, name: str) -> tuple[Interval, ...]:
+        assert self.baseline is not None
+        return self.contexts[name].gain(self.contexts[self.baseline])
+
+    def _gain_note(self, rows: Sequence[Sequence[str]]) -> str:
+        if not any(row[0].startswith("gain of ") for row in rows):
+            return "."
+        return f"; gains are over “{self.baseline}”, ± half the 95 % interval."
+
+
+def _without_gaps(recall: RecallAccuracy) -> tuple[Any, Any, Any]:
+    """For the plot, which wants a share in every bin and leaves out those without questions."""
+    return recall.edges, [0.0 if math.isnan(share) else share for share in recall.by_distance], recall.counts
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else MISSING
+
+
+def _gain(gain: Interval) -> str:
+    if not math.isfinite(gain.mean):
+        return MISSING
+    spread = f" ± {gain.half:.3f}" if math.isfinite(gain.half) else ""
+    return f"{gain.mean:+.3f}".replace("-", MINUS) + spread
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with None for every number that JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

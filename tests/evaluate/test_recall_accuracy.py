@@ -1,0 +1,53 @@
+"""A model that looks the answer up is always right, one that guesses by chance, one with short sight nearby."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from inlay.data import RecallConfig, RecallDataset
+from inlay.evaluate import EvaluationError, recall_accuracy
+from tests.evaluate.models import Guesser, Oracle
+
+CONFIG = RecallConfig(task="recall", sequence_length=64, pairs=8, keys=12, values=10, min_distance=10, eval_examples=60)
+
+
+@pytest.fixture
+def dataset() -> RecallDataset:
+    return RecallDataset(CONFIG, "eval")
+
+
+def test_an_oracle_recalls_everything(dataset: RecallDataset) -> None:
+    result = recall_accuracy(Oracle(dataset), dataset, batch_size=7)
+    assert result.accuracy == 1.0
+    assert result.questions == 60 * 8
+    assert (result.by_distance[result.counts > 0] == 1.0).all()
+    interval = result.interval()
+    assert interval.low == pytest.approx(480 / (480 + 1.959964**2), abs=1e-6)  # Wilson at 480 of 480
+    assert interval.high == 1.0
+
+
+def test_guessing_among_the_values_is_right_by_chance(dataset: RecallDataset) -> None:
+    result = recall_accuracy(Guesser(dataset), dataset)
+    assert result.chance == 1 / 10
+    assert result.interval().low < 0.1 < result.interval().high
+
+
+def test_the_bins_show_how_far_a_model_sees(dataset: RecallDataset) -> None:
+    result = recall_accuracy(Oracle(dataset, sight=30), dataset, bins=[0, 10, 20, 30, 64])
+    assert result.counts[0] == 0  # min_distance
+    assert np.isnan(result.by_distance[0])
+    assert result.by_distance[1:].tolist() == [1.0, 1.0, 0.0]
+    distances = np.concatenate([row["distances"][row["distances"] > 0] for row in map(dataset.__getitem__, range(60))])
+    assert result.counts.tolist() == np.histogram(distances, [0, 10, 20, 30, 64])[0].tolist()
+    assert result.accuracy == pytest.approx((distances < 30).mean())
+
+
+def test_bins_take_in_every_question(dataset: RecallDataset) -> None:
+    for bins in (1, 5, 1000):
+        assert recall_accuracy(Oracle(dataset), dataset, bins=bins).questions == 480
+    for edges in ([20, 64], [0, 30], [0, 64, 40]):
+        with pytest.raises(EvaluationError, match="take in every distance"):
+            recall_accuracy(Oracle(dataset), dataset, bins=edges)
+    with pytest.raises(EvaluationError, match="at least 1"):
+        recall_accuracy(Oracle(dataset), dataset, bins=0)

@@ -42,9 +42,9 @@ TASKS = {
     ),
     "stdlib": (
         "Real text",
-        "The source of this machine's own Python standard library, files held out by the hash of their names. Attention "
-        "sees 16 tokens; what a model knows of the file before them, it knows through the memory. “eta = 0” is the "
-        "model that was trained with the memory, run without it.",
+        "The source of this machine's own Python standard library, files held out by the hash of their names. "
+        "Attention sees 16 tokens; what a model knows of the file before them, it knows through the memory. “eta = 0” "
+        "is the model that was trained with the memory, run without it.",
     ),
 }
 

@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from benchmarks.__main__ import main
-from benchmarks.measure import NotTheSameError, extra_bytes, ratio, require_same, take_turns
 from torch import Tensor
 
 from benchmarks import operation
+from benchmarks.__main__ import main
+from benchmarks.measure import NotTheSameError, extra_bytes, ratio, require_same, take_turns
 
 CPU = torch.device("cpu")
 FLOAT = 4

@@ -56,9 +56,9 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model on disk, as from the hub."""
     directory = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**{k: v for k, v in MODEL.items() if k != "model_type"}, vocab_size=32)).save_pretrained(
-        directory
-    )
+    LlamaForCausalLM(
+        LlamaConfig(**{k: v for k, v in MODEL.items() if k != "model_type"}, vocab_size=32)
+    ).save_pretrained(directory)
     return directory
 
 
@@ -104,13 +104,13 @@ def test_a_loaded_run_gives_the_logits_it_had(tmp_path: Path) -> None:
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, extra: dict[str, Any]) -> None:
     train(recipe(trainer=extra), tmp_path / "whole")
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     class StopAt5(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 5:  # between two checkpoints
-                raise Stopped
+                raise StoppedError
 
     original = InlayTrainer.__init__
 
@@ -120,7 +120,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, extr
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InlayTrainer, "__init__", with_callback)
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             train(recipe(trainer=extra), tmp_path / "cut")
     with pytest.raises(RunError, match="has not finished"):
         load_run(tmp_path / "cut")
@@ -237,5 +237,3 @@ def test_text_with_several_documents_in_a_row_trains_with_and_without_memory(tmp
         assert outcome["train_loss"] > 0
         assert (tmp_path / name / "tokenizer").is_dir()
         assert load_run(tmp_path / name).data_config.tokenizer.kind == "pretrained"
-
-

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import rich.table
 
@@ -151,27 +151,28 @@ class Evaluation:
         return grids
 
     def _loss_grid(self) -> Table:
-        rows = [[name, *map(_figure, loss.quarters()), _figure(loss.mean)] for name, loss in self.losses.items()]
-        for name in self._compared(self.losses):
-            rows.append([f"gain of {name}", *map(_gain, self._loss_gain(name))])
+        columns = {name: [*map(_figure, loss.quarters()), _figure(loss.mean)] for name, loss in self.losses.items()}
+        columns |= {f"gain of {name}": [*map(_gain, self._loss_gain(name))] for name in self._compared(self.losses)}
         first = next(iter(self.losses.values()))
-        caption = f"Bits per token, {first.tokens:,} tokens in {first.sequences:,} sequences{self._gain_note(rows)}"
-        return Table(["", *QUARTER_NAMES, "all"], rows, caption)
+        caption = f"Bits per token, {first.tokens:,} tokens in {first.sequences:,} sequences{self._gain_note(columns)}"
+        return _by_column("", [*QUARTER_NAMES, "all"], columns, caption)
 
     def _context_grid(self) -> Table:
-        rows = [[name, *map(_figure, context.bits)] for name, context in self.contexts.items()]
-        rows += [
-            [f"{name}, perplexity", *(f"{value:,.2f}" for value in context.perplexity)]
-            for name, context in self.contexts.items()
-        ]
-        for name in self._compared(self.contexts):
-            rows.append([f"gain of {name}", *map(_gain, self._context_gain(name))])
+        columns = {
+            name: [
+                f"{_figure(bits)} ({perplexity:,.2f})" for bits, perplexity in zip(c.bits, c.perplexity, strict=True)
+            ]
+            for name, c in self.contexts.items()
+        }
+        columns |= {
+            f"gain of {name}": [*map(_gain, self._context_gain(name))] for name in self._compared(self.contexts)
+        }
         first = next(iter(self.contexts.values()))
         caption = (
-            f"Bits per token on the final {first.block:,} tokens of {first.documents:,} documents "
-            f"({first.left_out:,} too short), by tokens of context{self._gain_note(rows)}"
+            f"Bits per token (perplexity) on the final {first.block:,} tokens of {first.documents:,} documents "
+            f"({first.left_out:,} too short), by tokens of context{self._gain_note(columns)}"
         )
-        return Table(["", *(f"{context:,}" for context in first.contexts)], rows, caption)
+        return _by_column("context", [f"{context:,}" for context in first.contexts], columns, caption)
 
     def _recall_grid(self) -> Table:
         rows: list[list[str]] = []
@@ -200,10 +201,17 @@ class Evaluation:
         assert self.baseline is not None
         return self.contexts[name].gain(self.contexts[self.baseline])
 
-    def _gain_note(self, rows: Sequence[Sequence[str]]) -> str:
-        if not any(row[0].startswith("gain of ") for row in rows):
+    def _gain_note(self, columns: Mapping[str, object]) -> str:
+        if not any(name.startswith("gain of ") for name in columns):
             return "."
         return f"; gains are over “{self.baseline}”, ± half the 95 % interval."
+
+
+def _by_column(corner: str, labels: Sequence[str], columns: Mapping[str, Sequence[str]], caption: str) -> Table:
+    """A table given column by column, with a label for each row."""
+    rows = [[label, *cells] for label, *cells in zip(labels, *columns.values(), strict=True)]
+    right: Literal["right"] = "right"
+    return Table([corner, *columns], rows, caption, align=["left", *[right] * len(columns)])
 
 
 def _without_gaps(recall: RecallAccuracy) -> tuple[Any, Any, Any]:

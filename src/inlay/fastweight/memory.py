@@ -28,7 +28,7 @@ from inlay.fastweight.context import (
     unwrap_checkpointing,
     wrap_checkpointing,
 )
-from inlay.fastweight.errors import AttachError, MemoryNeverReadError, NonFiniteMemoryError
+from inlay.fastweight.errors import AttachError, CheckpointError, MemoryNeverReadError, NonFiniteMemoryError
 from inlay.fastweight.families import Decoder, Site, find_decoder, is_called
 from inlay.fastweight.layer import FastWeightLinear, capture_mlp_input
 
@@ -193,6 +193,11 @@ class Memory:
                 is changed.
         """
         saved = checkpoint.read(Path(directory))
+        if saved.config != self.config:
+            raise CheckpointError(
+                f"the memory in {directory} was built with {saved.config!r}, this one with {self.config!r}; use "
+                "inlay.attach_pretrained, which attaches it as it was saved"
+            )
         checkpoint.check_model(saved, checkpoint.describe_model(self.model, self.decoder))
         checkpoint.load_tensors(saved, self.layers, self.base_parameters())
         self.trained_base.update(saved.base_names)

@@ -118,7 +118,8 @@ class _Scan(torch.autograd.Function):
                     _add_product(out[:, chunk.span], zi, effective.mT, 1.0, overwrite=True)
                 elif chunk.index > 0 or initial is not None or plan.exposure:
                     _add_product(out[:, chunk.span], zi, read.mT, plan.eta)
-                _write(total, zi, vi, chunk, plan)
+                if plan.final_sum or not chunk.last:
+                    _write(total, zi, vi, chunk, 1.0)
             if fused is not None and bias is not None:
                 out += bias
         return out, total if plan.final_sum else None
@@ -133,19 +134,19 @@ class _Scan(torch.autograd.Function):
         d_out = torch.zeros(*z.shape[:2], v.shape[-1], dtype=z.dtype, device=z.device) if d_out is None else d_out
         d_out = d_out.to(z.dtype)
 
-        # Forwards, for dZ_i = dO_i (W0 + η (S_i + α Δ_i)).
+        # Forwards, for dZ_i = dO_i (W0 + η (S_i + α Δ_i)). Only that sum is needed here, so it is built as one.
         dz = torch.empty_like(z, memory_format=torch.contiguous_format)
-        total = _start(z, v, initial)
-        slow = total.new_zeros(()) if weight is None else weight.to(dtype)
-        effective = torch.empty_like(total)
+        total = _start(z, v, initial).mul_(plan.eta)
+        slow = total.new_zeros(1, 1, 1) if weight is None else weight.to(dtype).unsqueeze(0)
+        total += slow
         for chunk in _chunks(plan):
             zi, vi, di = _operand(z, chunk), _operand(v, chunk), _operand(d_out, chunk)
-            _empty_rows(total, chunk.resets)
-            read = total + plan.exposure * torch.bmm(vi.mT, zi) if plan.exposure else total
-            torch.add(slow, read, alpha=plan.eta, out=effective)
-            _add_product(dz[:, chunk.span], di, effective, 1.0, overwrite=True)
-            _write(total, zi, vi, chunk, plan)
-        del effective
+            if chunk.resets is not None:
+                total = torch.where(chunk.resets.view(-1, 1, 1), slow, total)
+            read = total + plan.eta * plan.exposure * torch.bmm(vi.mT, zi) if plan.exposure else total
+            _add_product(dz[:, chunk.span], di, read, 1.0, overwrite=True)
+            if not chunk.last:
+                _write(total, zi, vi, chunk, plan.eta)
 
         # Backwards, for the terms with G. Unscaled, G ends as dW0, unless it was emptied on the way or starts with the
         # gradient of the final sum; then η is taken into it.
@@ -235,10 +236,10 @@ def _written(later: Tensor, chunk: _Chunk) -> Tensor | None:
     return later * chunk.writes.view(-1, 1, 1)
 
 
-def _write(total: Tensor, zi: Tensor, vi: Tensor, chunk: _Chunk, plan: ScanPlan) -> None:
-    """Add Δ_i to the sum of the rows whose chunk is complete."""
-    if chunk.writes is False or (chunk.last and not plan.final_sum):
+def _write(total: Tensor, zi: Tensor, vi: Tensor, chunk: _Chunk, alpha: float) -> None:
+    """Add α Δ_i to the sum of the rows whose chunk is complete."""
+    if chunk.writes is False:
         return
     if isinstance(chunk.writes, Tensor):
         vi = vi * chunk.writes.view(-1, 1, 1)
-    _add_product(total, vi.mT, zi, 1.0)
+    _add_product(total, vi.mT, zi, alpha)

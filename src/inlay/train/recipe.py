@@ -5,7 +5,7 @@
     memory:  {layers: [1], chunk_size: 32, eta: 1.0e-3}             # or null, for the same run without a memory
     data:    {task: text, source: python-stdlib, sequence_length: 512, …}
     mode:    all
-    trainer: {max_steps: 400, learning_rate: 4.0e-3, …}             # transformers' TrainingArguments, by their own names
+    trainer: {max_steps: 400, learning_rate: 4.0e-3, …}             # transformers' TrainingArguments
 
 Every section is checked when the file is read. Any value can be overridden by its path: ``trainer.max_steps=100``.
 """

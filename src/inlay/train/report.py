@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,14 +34,12 @@ def provenance() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
     }
 
 
 def write_run_report(directory: Path, sections: Sequence[Section] = ()) -> Path:
-    """Write ``report.html`` of the run in ``directory``: training, then ``sections`` (an evaluation's), then the recipe."""
+    """Write ``report.html`` of the run in ``directory``: training, ``sections`` (an evaluation's), the recipe."""
     recipe = load_recipe(directory / RECIPE)
     steps, loss = training_curve(directory)
     evaluated = [line["eval_loss"] for line in read_metrics(directory / METRICS) if "eval_loss" in line]

@@ -96,6 +96,7 @@ def chunk_layout(
     documents: Tensor | None = None,
     state: FastWeightState | None = None,
     device: torch.device | str | None = None,
+    keep_last_open: bool = False,
 ) -> ChunkLayout:
     """The chunk grid of a call of ``batch`` rows and ``tokens`` new tokens each.
 
@@ -107,9 +108,11 @@ def chunk_layout(
             document. None: every row goes on with the document it is in.
         state: Where each row stands; None: nowhere yet.
         device: Where the map is wanted; that of ``documents`` or ``state`` when there is one.
+        keep_last_open: Leave each row's last chunk open even if it is full, so that its phase is C and the next call
+            commits it.
     """
     if documents is None and (state is None or not bool(state.phase.any())):
-        return _regular_layout(batch, tokens, chunk_size, state, device)
+        return _regular_layout(batch, tokens, chunk_size, state, device, keep_last_open)
 
     if state is None:
         assert documents is not None
@@ -123,25 +126,30 @@ def chunk_layout(
     documents = documents.long()
     slots = torch.arange(chunk_size, device=documents.device).expand(batch, -1)
     ids = torch.cat([torch.where(slots < phase.unsqueeze(1), before.unsqueeze(1), NO_DOCUMENT), documents], dim=1)
-    return _ragged_layout(ids, before, tokens, chunk_size)
+    return _ragged_layout(ids, before, tokens, chunk_size, keep_last_open)
 
 
 def _regular_layout(
-    batch: int, tokens: int, chunk_size: int, state: FastWeightState | None, device: torch.device | str | None
+    batch: int,
+    tokens: int,
+    chunk_size: int,
+    state: FastWeightState | None,
+    device: torch.device | str | None,
+    keep_last_open: bool,
 ) -> ChunkLayout:
     chunks = max(1, -(-tokens // chunk_size))
-    rest = tokens % chunk_size
-    writes = [True] * chunks
-    writes[-1] = rest == 0 and tokens > 0
+    rest = tokens - (chunks - 1) * chunk_size
+    written = rest == chunk_size and not keep_last_open
     where = state.document.device if state is not None else device
     document = torch.zeros(batch, dtype=torch.long, device=where)
     if state is not None:
         document = state.document if tokens == 0 else state.document.clamp(min=0)
-    phase = torch.full((batch,), rest, dtype=torch.long, device=where)
-    return ChunkLayout(chunk_size, tokens, chunks, None, None, (None,) * chunks, tuple(writes), phase, document)
+    phase = torch.full((batch,), 0 if written else rest, dtype=torch.long, device=where)
+    writes = (*(True,) * (chunks - 1), written)
+    return ChunkLayout(chunk_size, tokens, chunks, None, None, (None,) * chunks, writes, phase, document)
 
 
-def _ragged_layout(ids: Tensor, before: Tensor, tokens: int, chunk_size: int) -> ChunkLayout:
+def _ragged_layout(ids: Tensor, before: Tensor, tokens: int, chunk_size: int, keep_last_open: bool) -> ChunkLayout:
     """The grid of rows given as ids ``[B, C + T]`` (buffered tokens, then new ones), −1 where there is no token."""
     batch, length = ids.shape
     real = ids >= 0
@@ -169,11 +177,15 @@ def _ragged_layout(ids: Tensor, before: Tensor, tokens: int, chunk_size: int) ->
     resets.scatter_(1, torch.where(opens, chunk, chunks), starts)
     resets = resets[:, :chunks]
 
-    phase = filled.gather(1, (count - 1).clamp(min=0).unsqueeze(1)).squeeze(1) % chunk_size
-    phase = torch.where(count > 0, phase, 0)
+    newest = (count - 1).clamp(min=0).unsqueeze(1)
+    phase = torch.where(count > 0, filled.gather(1, newest).squeeze(1), 0)
+    full = filled == chunk_size
+    if keep_last_open:
+        full.scatter_(1, newest, False)
+    else:
+        phase = phase % chunk_size
     final = last[:, -1]
     document = torch.where(final >= 0, ids.gather(1, final.clamp(min=0).unsqueeze(1)).squeeze(1), before)
-    full = filled == chunk_size
     target = packed[:, chunk_size:].contiguous()
     regular = torch.arange(chunk_size, chunk_size + slots, device=ids.device)[:tokens]
     # One transfer to the host for the three questions that the loop over chunks asks.

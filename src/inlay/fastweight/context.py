@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from inlay.fastweight.chunks import ChunkLayout, chunk_layout
+from inlay.fastweight.state import FastWeightState
+from inlay.fastweight.streaming import MemoryState
 
 
 @dataclass
@@ -33,6 +35,10 @@ class ForwardContext:
         explicit: ``document_ids`` as the caller passed them, if any.
         attention_mask: The 2-D one, if the caller or the model gave one.
         recomputing: Whether gradient checkpointing is running a block again.
+        tokens: New tokens per row T.
+        state: What the rows have read before this forward and will have after it; None for a stateless one.
+        appends: Whether every row only adds tokens to its open chunk (decoding), so that the state is written in place.
+        commits: Whether some row's open chunk is full and has to be written first.
     """
 
     documents: Tensor | None = None
@@ -40,15 +46,21 @@ class ForwardContext:
     explicit: Tensor | None = None
     attention_mask: Tensor | None = None
     recomputing: bool = False
+    tokens: int = 0
+    state: MemoryState | None = None
+    appends: bool = False
+    commits: bool = False
     unwrap: list[tuple[nn.Module, Any]] = field(default_factory=list)
     _layouts: dict[tuple[int, int, int], ChunkLayout] = field(default_factory=dict)
 
-    def layout(self, batch: int, tokens: int, chunk_size: int, device: torch.device) -> ChunkLayout:
-        """The chunk grid of this forward, made once and shared by the layers."""
-        key = (batch, tokens, chunk_size)
+    def layout(self, z: Tensor, chunk_size: int, state: FastWeightState | None = None) -> ChunkLayout:
+        """The chunk grid of this forward for inputs ``z`` ``[B, T, F]``, made once and shared by the layers."""
+        key = (z.shape[0], z.shape[1], chunk_size)
         if key not in self._layouts:
-            documents = None if self.documents is None else self.documents.to(device)
-            self._layouts[key] = chunk_layout(batch, tokens, chunk_size, documents=documents, device=device)
+            documents = None if self.documents is None else self.documents.to(z.device)
+            self._layouts[key] = chunk_layout(
+                *key, documents=documents, state=state, device=z.device, keep_last_open=self.state is not None
+            )
         return self._layouts[key]
 
 
@@ -129,12 +141,14 @@ def documents_of(
     position_ids: Any,
     carry: bool,
     device: torch.device,
+    before: Tensor | None = None,
 ) -> Tensor | None:
     """Document ids ``[B, T]`` of a forward's tokens, −1 for padding; None when every row is one unpadded document.
 
     ``explicit`` ids win. Without them a row's documents are read off its ``position_ids``, which restart where a packed
     document begins, as transformers' own masks do. Padding is where a 2-D ``attention_mask`` is 0. With ``carry``, all
-    of a row counts as one document.
+    of a row counts as one document. ``before`` ``[B]`` are the documents that rows with a state are in: they go on with
+    them unless ``explicit`` ids say otherwise.
     """
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
     real = torch.ones(batch, tokens, dtype=torch.bool, device=device)
@@ -149,9 +163,11 @@ def documents_of(
         ids = _packed_documents(position_ids.to(device).expand(batch, -1), real)
     if carry:
         ids = torch.zeros_like(ids)
-    regular = real.all() & (ids == ids[:, :1]).all()
-    if bool(regular):
+    regular = bool(real.all() & (ids == ids[:, :1]).all())
+    if regular and (before is None or explicit is None or carry):
         return None
+    if before is not None and explicit is None and not carry:
+        ids = ids + before.to(device).clamp(min=0).unsqueeze(1)
     return torch.where(real, ids, -1)
 
 

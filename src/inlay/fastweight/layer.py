@@ -12,7 +12,9 @@ from inlay.fastweight.clip import clip_targets
 from inlay.fastweight.config import FastWeightConfig
 from inlay.fastweight.context import ContextHolder, ForwardContext, first_tensor
 from inlay.fastweight.families import projection_shape
-from inlay.fastweight.scan import ScanPlan, scan
+from inlay.fastweight.scan import ScanPlan, add_product, operand, scan
+from inlay.fastweight.state import FastWeightState
+from inlay.fastweight.streaming import StateError
 from inlay.fastweight.target import TargetGenerator
 
 
@@ -123,25 +125,75 @@ class FastWeightLinear(nn.Linear):
         return x.to(z.device)
 
     def _apply_memory(self, z: Tensor, x: Tensor, context: ForwardContext) -> Tensor:
-        config, base = self.config, self.__dict__["base"]
-        layout = context.layout(z.shape[0], z.shape[1], config.chunk_size, z.device)
-        z_packed = layout.pack(z)
-        v = self.target(layout.pack(x)).to(z.dtype)
-        if config.max_update_norm is not None or config.max_update_ratio is not None:
-            v, scale = self._clip(z_packed, v)
-            if not context.recomputing:
-                self.statistics.count(scale, layout.writes)
-        plan = ScanPlan(layout, config.eta, config.exposure if self.training else 0.0, final_sum=False)
+        state = self._state(z, context)
+        if state is not None and context.appends:
+            return self._append(z, x, state, context.commits)
+        base = self.__dict__["base"]
+        layout = context.layout(z, self.config.chunk_size, state)
+        z_packed = layout.pack(z, None if state is None else state.z)
+        x_packed = layout.pack(x, None if state is None else state.x)
+        v, scale = self._targets(z_packed, x_packed)
+        if scale is not None and not context.recomputing:
+            self.statistics.count(scale, layout.writes)
+        exposure = self.config.exposure if self.training else 0.0
+        plan = ScanPlan(layout, self.config.eta, exposure, final_sum=context.state is not None)
+        initial = None if state is None else state.sum
         if layout.aligned and _is_plain_linear(base):
-            out, _ = scan(z_packed, v, None, plan, weight=base.weight, bias=base.bias)
+            out, total = scan(z_packed, v, initial, plan, weight=base.weight, bias=base.bias)
             dtype = _linear_dtype(z)
         else:
             slow = base(z)
-            fast, _ = scan(z_packed, v, None, plan)
+            fast, total = scan(z_packed, v, initial, plan)
             out, dtype = slow.to(fast.dtype) + layout.unpack(fast), slow.dtype
+        if total is not None and context.state is not None:
+            opened = layout.open_chunk(z_packed), layout.open_chunk(x_packed)
+            context.state.layers[self.index] = FastWeightState(total, layout.phase, layout.document, *opened)
         if self.training:
             self.statistics.nonfinite |= ~torch.isfinite(out.detach()).all()
         return out.to(dtype)
+
+    def _state(self, z: Tensor, context: ForwardContext) -> FastWeightState | None:
+        """What this layer has read before; None if nothing, or in a stateless forward."""
+        state = None if context.state is None else context.state.layers.get(self.index)
+        if state is not None and state.batch_size != z.shape[0]:
+            raise StateError(
+                f"the memory's state is of {state.batch_size} rows, this call has {z.shape[0]}; "
+                "select or repeat its rows first"
+            )
+        return state
+
+    def _append(self, z: Tensor, x: Tensor, state: FastWeightState, commits: bool) -> Tensor:
+        """Decode: tokens that stay within the open chunk read the sum as it is and wait in the buffers. In place."""
+        if commits:
+            self._commit(state)
+        slow = self.__dict__["base"](z)
+        with torch.autocast(z.device.type, enabled=False):
+            fast = torch.bmm(z.to(state.sum.dtype), state.sum.mT)
+            out = torch.add(slow.to(fast.dtype), fast, alpha=self.config.eta).to(slow.dtype)
+        slots = (state.phase.unsqueeze(1) + torch.arange(z.shape[1], device=z.device)).unsqueeze(-1)
+        state.z.scatter_(1, slots.expand(z.shape), z.to(state.z.dtype))
+        state.x.scatter_(1, slots.expand(x.shape), x.to(state.x.dtype))
+        state.phase = state.phase + z.shape[1]  # not in place: the layers share the tensor that their layout gave
+        return out
+
+    def _commit(self, state: FastWeightState) -> None:
+        """Write the chunks that are full into their rows' sums, in place."""
+        full = state.phase == self.config.chunk_size
+        v, scale = self._targets(state.z, state.x)
+        if scale is not None:
+            self.statistics.count(scale, (full,))
+        with torch.autocast(state.z.device.type, enabled=False):
+            add_product(state.sum, operand(v * full.view(-1, 1, 1)).mT, operand(state.z), 1.0)
+        for buffer in (state.z, state.x):
+            buffer.masked_fill_(full.view(-1, 1, 1), 0)
+        state.phase = state.phase.masked_fill(full, 0)
+
+    def _targets(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Targets ``[B, T', D]`` of tokens in chunk order, clipped if so configured, and the scales of the clipping."""
+        v = self.target(x).to(z.dtype)
+        if self.config.max_update_norm is None and self.config.max_update_ratio is None:
+            return v, None
+        return self._clip(z, v)
 
     def _clip(self, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         limit: float | Tensor

@@ -6,31 +6,21 @@ Everything is checked first and changed second. Attached, the model is still the
 
 from __future__ import annotations
 
-import functools
-import inspect
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from inlay.fastweight import checkpoint
 from inlay.fastweight.config import FastWeightConfig
-from inlay.fastweight.context import (
-    ContextHolder,
-    ForwardContext,
-    documents_of,
-    first_tensor,
-    unwrap_checkpointing,
-    wrap_checkpointing,
-)
+from inlay.fastweight.context import ContextHolder
 from inlay.fastweight.errors import AttachError, CheckpointError, MemoryNeverReadError, NonFiniteMemoryError
 from inlay.fastweight.families import Decoder, Site, find_decoder, is_called
-from inlay.fastweight.layer import FastWeightLinear, capture_mlp_input
+from inlay.fastweight.hooks import ForwardHooks
+from inlay.fastweight.layer import FastWeightLinear
 
 TrainMode = Literal["memory", "memory+layers", "memory+lora", "all"]
 
@@ -126,17 +116,13 @@ class Memory:
         self.decoder = decoder
         self.layers: dict[int, FastWeightLinear] = {}
         self.trained_base: set[str] = set()
-        self._holder = ContextHolder()
         self._sites = list(sites)
-        self._handles: list[RemovableHandle] = []
-        self._parameters_of_forward = tuple(inspect.signature(decoder.module.forward).parameters)
-        self._warned = False
-        self._running: list[int] = []
+        holder = ContextHolder()
         for site in sites:
-            layer = FastWeightLinear(site.projection, site.index, config, self._holder)
+            layer = FastWeightLinear(site.projection, site.index, config, holder)
             setattr(site.parent, site.name, layer)
             self.layers[site.index] = layer
-        self._add_hooks()
+        self._hooks = ForwardHooks(model, decoder, sites, self.layers, config, holder, on_backward=self._note_trained)
         decoder.module.__dict__["inlay_memory"] = self
 
     # -- use ---------------------------------------------------------------------------------------------------------
@@ -155,9 +141,7 @@ class Memory:
 
     def detach(self) -> nn.Module:
         """Take the memory out and give the very modules back that were there before. Returns the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.remove()
         for site in self._sites:
             layer = self.layers[site.index]
             for module in self.model.modules():
@@ -301,132 +285,14 @@ class Memory:
         for layer in self.layers.values():
             layer.statistics.clear()
 
+    def _note_trained(self) -> None:
+        """A backward goes through the model: what of the base requires a gradient counts as trained."""
+        self.trained_base.update(name for name, p in self.base_parameters().items() if p.requires_grad)
+
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
         size = f"{count:,} parameters, eta={self.config.eta}, C={self.config.chunk_size}"
         return f"Memory(blocks {list(self.layers)}, {size})"
-
-    # -- the forward's context ---------------------------------------------------------------------------------------
-
-    def _add_hooks(self) -> None:
-        outer = {id(m): m for m in (self.model, _unwrapped(self.model), self.decoder.module)}
-        for depth, module in enumerate(outer.values()):
-            enter, leave = functools.partial(self._enter, depth), functools.partial(self._leave, depth)
-            self._handles += [
-                module.register_forward_pre_hook(enter, with_kwargs=True),
-                module.register_forward_hook(leave, always_call=True),
-            ]
-        first = self.decoder.blocks[0]
-        self._handles.append(first.register_forward_pre_hook(self._capture_x0, with_kwargs=True))
-        if self.config.target == "hidden":
-            for site in self._sites:
-                hook = functools.partial(capture_mlp_input, self.layers[site.index])
-                self._handles.append(site.mlp.register_forward_pre_hook(hook, with_kwargs=True))
-
-    @torch.compiler.disable
-    def _enter(
-        self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before the model or its decoder runs: open the context, take ``document_ids`` out of the arguments."""
-        if self._running and depth <= self._running[-1]:  # left behind by a forward that was interrupted (Ctrl-C)
-            self._close()
-        if not self._running:
-            self._holder.current = ForwardContext()
-        self._running.append(depth)
-        context = self._holder.current
-        assert context is not None
-        kwargs = dict(kwargs)
-        explicit = kwargs.pop("document_ids", None)
-        if explicit is not None:
-            context.explicit = explicit
-        # Composite models make their masks before they call the decoder; the padding is in what they were given.
-        if _is_padding_mask(kwargs.get("attention_mask")):
-            context.attention_mask = kwargs["attention_mask"]
-        if module is self.decoder.module:
-            self._prepare(context, args, kwargs)
-        return args, kwargs
-
-    @torch.compiler.disable
-    def _leave(self, depth: int, module: nn.Module, args: Any, output: Any) -> None:
-        """After it, or after an error in it."""
-        self._running = [running for running in self._running if running < depth]
-        if module is self.decoder.module:
-            self._watch_training(output)
-            if self._holder.current is not None:
-                unwrap_checkpointing(self._holder.current)
-        if not self._running:
-            self._close()
-
-    def _close(self) -> None:
-        """Forget the context of the forward that is over."""
-        if self._holder.current is not None:
-            unwrap_checkpointing(self._holder.current)
-        self._running = []
-        self._holder.current = None
-
-    def _watch_training(self, output: Any) -> None:
-        """Once a backward goes through this forward, what of the base required a gradient in it counts as trained."""
-        outputs = tuple(output.values()) if isinstance(output, dict) else output
-        first = first_tensor(outputs if isinstance(outputs, tuple) else (outputs,), {})
-        if first is not None and first.requires_grad:
-            names = [name for name, p in self.base_parameters().items() if p.requires_grad]
-            first.register_hook(lambda gradient: self.trained_base.update(names))  # type: ignore[no-untyped-call]
-
-    def _prepare(self, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Work out the documents of this forward's tokens from the decoder's arguments."""
-        if not any(layer.enabled for layer in self.layers.values()):
-            return
-        given = dict(zip(self._parameters_of_forward, args, strict=False)) | kwargs
-        tokens = next(
-            (given[k] for k in ("input_ids", "inputs_embeds", "hidden_states") if given.get(k) is not None), None
-        )
-        if not isinstance(tokens, Tensor):
-            tokens = first_tensor(args, kwargs)
-        if tokens is None:
-            return  # the decoder itself will say that its input is missing
-        past = given.get("past_key_values")
-        if past is not None and hasattr(past, "get_seq_length") and int(past.get_seq_length()) > 0:
-            raise NotImplementedError(
-                "the memory cannot yet go on from a KV cache: its state does not travel with it. Generate with "
-                "use_cache=False (each step then reads the whole sequence), or within memory.disabled()"
-            )
-        batch, length = tokens.shape[:2]
-        context.documents = documents_of(
-            batch,
-            length,
-            explicit=context.explicit,
-            attention_mask=given["attention_mask"]
-            if _is_padding_mask(given.get("attention_mask"))
-            else context.attention_mask,
-            position_ids=given.get("position_ids"),
-            carry=self.config.boundary == "carry",
-            device=tokens.device,
-        )
-        training = self.decoder.module.training and torch.is_grad_enabled()
-        if training and not self._warned and length <= self.config.chunk_size:
-            self._warned = True
-            warnings.warn(
-                f"training on sequences of {length} tokens with chunk_size={self.config.chunk_size}: what the "
-                "memory writes is never read in them, so it gets no gradient. Use longer sequences or smaller chunks",
-                stacklevel=2,
-            )
-        wrap_checkpointing(self._holder, [self.decoder.blocks[0], *(site.block for site in self._sites)], context)
-
-    @torch.compiler.disable
-    def _capture_x0(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        context = self._holder.current
-        if context is not None and context.x0 is None:
-            context.x0 = first_tensor(args, kwargs)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model; any other as it is."""
-    get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if callable(get_base_model) else model
-
-
-def _is_padding_mask(mask: object) -> bool:
-    return isinstance(mask, Tensor) and mask.dim() == 2
 
 
 def _adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -110,14 +110,14 @@ class _Scan(torch.autograd.Function):
             total = _start(z, v, initial)
             effective = torch.empty_like(total) if fused is not None else total
             for chunk in _chunks(plan):
-                zi, vi = _operand(z, chunk), _operand(v, chunk)
+                zi, vi = operand(z, chunk), operand(v, chunk)
                 _empty_rows(total, chunk.resets)
                 read = total + plan.exposure * torch.bmm(vi.mT, zi) if plan.exposure else total
                 if fused is not None:
                     torch.add(fused, read, alpha=plan.eta, out=effective)
-                    _add_product(out[:, chunk.span], zi, effective.mT, 1.0, overwrite=True)
+                    add_product(out[:, chunk.span], zi, effective.mT, 1.0, overwrite=True)
                 elif chunk.index > 0 or initial is not None or plan.exposure:
-                    _add_product(out[:, chunk.span], zi, read.mT, plan.eta)
+                    add_product(out[:, chunk.span], zi, read.mT, plan.eta)
                 if plan.final_sum or not chunk.last:
                     _write(total, zi, vi, chunk, 1.0)
             if fused is not None and bias is not None:
@@ -140,11 +140,11 @@ class _Scan(torch.autograd.Function):
         slow = total.new_zeros(1, 1, 1) if weight is None else weight.to(dtype).unsqueeze(0)
         total += slow
         for chunk in _chunks(plan):
-            zi, vi, di = _operand(z, chunk), _operand(v, chunk), _operand(d_out, chunk)
+            zi, vi, di = operand(z, chunk), operand(v, chunk), operand(d_out, chunk)
             if chunk.resets is not None:
                 total = torch.where(chunk.resets.view(-1, 1, 1), slow, total)
             read = total + plan.eta * plan.exposure * torch.bmm(vi.mT, zi) if plan.exposure else total
-            _add_product(dz[:, chunk.span], di, read, 1.0, overwrite=True)
+            add_product(dz[:, chunk.span], di, read, 1.0, overwrite=True)
             if not chunk.last:
                 _write(total, zi, vi, chunk, plan.eta)
 
@@ -155,7 +155,7 @@ class _Scan(torch.autograd.Function):
         dv = torch.empty_like(v, memory_format=torch.contiguous_format)
         later = total.zero_() if d_final is None else total.copy_(d_final)  # dL/dS after the chunk
         for chunk in reversed(_chunks(plan)):
-            zi, vi, di = _operand(z, chunk), _operand(v, chunk), _operand(d_out, chunk)
+            zi, vi, di = operand(z, chunk), operand(v, chunk), operand(d_out, chunk)
             d_update = _written(later, chunk)  # dL/dΔ_i
             if plan.exposure:
                 own = torch.bmm(di.mT, zi)
@@ -164,15 +164,15 @@ class _Scan(torch.autograd.Function):
                 dv[:, chunk.span] = 0
             else:
                 d_update = d_update.to(zi.dtype)
-                _add_product(dz[:, chunk.span], vi, d_update, outer)
-                _add_product(dv[:, chunk.span], zi, d_update.mT, outer, overwrite=True)
+                add_product(dz[:, chunk.span], vi, d_update, outer)
+                add_product(dv[:, chunk.span], zi, d_update.mT, outer, overwrite=True)
             if chunk.index > 0 or shared or need_initial:
-                _add_product(later, di.mT, zi, inner)
+                add_product(later, di.mT, zi, inner)
             _empty_rows(later, chunk.resets)
 
         d_weight = d_bias = None
         if need_weight:
-            whole = later.sum(0) if shared else _operand(d_out).flatten(0, 1).mT @ _operand(z).flatten(0, 1)
+            whole = later.sum(0) if shared else operand(d_out).flatten(0, 1).mT @ operand(z).flatten(0, 1)
             d_weight = whole.to(weight.dtype)
         if need_bias:
             d_bias = d_out.sum((0, 1), dtype=dtype).to(weight.dtype)
@@ -198,7 +198,7 @@ def _chunks(plan: ScanPlan) -> list[_Chunk]:
     ]
 
 
-def _operand(x: Tensor, chunk: _Chunk | None = None) -> Tensor:
+def operand(x: Tensor, chunk: _Chunk | None = None) -> Tensor:
     """``x`` (or a chunk of it) in the dtype of its products: bf16 on CUDA as it is, else float32 or more."""
     part = x if chunk is None else x[:, chunk.span]
     if part.is_cuda and part.dtype == torch.bfloat16:
@@ -214,7 +214,7 @@ def _start(z: Tensor, v: Tensor, initial: Tensor | None) -> Tensor:
     return torch.zeros(z.shape[0], v.shape[-1], z.shape[-1], dtype=dtype, device=z.device)
 
 
-def _add_product(target: Tensor, a: Tensor, b: Tensor, alpha: float, *, overwrite: bool = False) -> None:
+def add_product(target: Tensor, a: Tensor, b: Tensor, alpha: float, *, overwrite: bool = False) -> None:
     """``target += alpha · a @ b`` in place (``=`` if ``overwrite``), batched; b is rounded to a's dtype."""
     if target.dtype == a.dtype:
         target.baddbmm_(a, b.to(a.dtype), alpha=alpha, beta=0 if overwrite else 1)
@@ -242,4 +242,4 @@ def _write(total: Tensor, zi: Tensor, vi: Tensor, chunk: _Chunk, alpha: float) -
         return
     if isinstance(chunk.writes, Tensor):
         vi = vi * chunk.writes.view(-1, 1, 1)
-    _add_product(total, vi.mT, zi, alpha)
+    add_product(total, vi.mT, zi, alpha)

@@ -1,0 +1,238 @@
+"""The hooks by which an attached memory follows the forwards of its model.
+
+They sit on the model, its decoder and the first block (and on the MLPs for ``target="hidden"``), and keep one
+``ForwardContext`` for the forward that runs: the documents of its tokens, X0, and the state it goes on from.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache
+
+from inlay.fastweight.config import FastWeightConfig
+from inlay.fastweight.context import (
+    ContextHolder,
+    ForwardContext,
+    documents_of,
+    first_tensor,
+    unwrap_checkpointing,
+    wrap_checkpointing,
+)
+from inlay.fastweight.families import Decoder, Site
+from inlay.fastweight.layer import FastWeightLinear, capture_mlp_input
+from inlay.fastweight.streaming import MemoryState, StateError, ride, state_of
+
+
+class ForwardHooks:
+    """Registers the hooks and keeps the context. ``remove`` takes them off again.
+
+    Attributes:
+        session: The state that the forwards go on from in place of the cache's, while a session is open.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decoder: Decoder,
+        sites: Sequence[Site],
+        layers: Mapping[int, FastWeightLinear],
+        config: FastWeightConfig,
+        holder: ContextHolder,
+        *,
+        on_backward: Callable[[], None],
+    ) -> None:
+        self.session: MemoryState | None = None
+        self._decoder = decoder
+        self._blocks = [decoder.blocks[0], *(site.block for site in sites)]
+        self._layers = layers
+        self._config = config
+        self._holder = holder
+        self._on_backward = on_backward
+        self._parameters_of_forward = tuple(inspect.signature(decoder.module.forward).parameters)
+        self._warned = False
+        self._running: list[int] = []
+        self._handles: list[RemovableHandle] = []
+        outer = {id(m): m for m in (model, _unwrapped(model), decoder.module)}
+        for depth, module in enumerate(outer.values()):
+            enter, leave = functools.partial(self._enter, depth), functools.partial(self._leave, depth)
+            self._handles += [
+                module.register_forward_pre_hook(enter, with_kwargs=True),
+                module.register_forward_hook(leave, always_call=True),
+            ]
+        self._handles.append(decoder.blocks[0].register_forward_pre_hook(self._capture_x0, with_kwargs=True))
+        if config.target == "hidden":
+            for site in sites:
+                hook = functools.partial(capture_mlp_input, layers[site.index])
+                self._handles.append(site.mlp.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take every hook off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @torch.compiler.disable
+    def _enter(
+        self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the model or its decoder runs: open the context, take ``document_ids`` out of the arguments."""
+        if self._running and depth <= self._running[-1]:  # left behind by a forward that was interrupted (Ctrl-C)
+            self._close()
+        if not self._running:
+            self._holder.current = ForwardContext()
+        self._running.append(depth)
+        context = self._holder.current
+        assert context is not None
+        kwargs = dict(kwargs)
+        explicit = kwargs.pop("document_ids", None)
+        if explicit is not None:
+            context.explicit = explicit
+        # Composite models make their masks before they call the decoder; the padding is in what they were given.
+        if _is_padding_mask(kwargs.get("attention_mask")):
+            context.attention_mask = kwargs["attention_mask"]
+        if module is self._decoder.module:
+            self._prepare(context, args, kwargs)
+        return args, kwargs
+
+    @torch.compiler.disable
+    def _leave(self, depth: int, module: nn.Module, args: Any, output: Any) -> None:
+        """After it, or after an error in it."""
+        self._running = [running for running in self._running if running < depth]
+        context = self._holder.current
+        if module is self._decoder.module and context is not None:
+            unwrap_checkpointing(context)
+            if output is not None:
+                values = tuple(output.values()) if isinstance(output, dict) else output
+                values = values if isinstance(values, tuple) else (values,)
+                self._watch_backward(values)
+                self._keep_state(context, values)
+        if not self._running:
+            self._close()
+
+    def _close(self) -> None:
+        """Forget the context of the forward that is over."""
+        if self._holder.current is not None:
+            unwrap_checkpointing(self._holder.current)
+        self._running = []
+        self._holder.current = None
+
+    def _watch_backward(self, output: tuple[Any, ...]) -> None:
+        first = first_tensor(output, {})
+        if first is not None and first.requires_grad:
+            first.register_hook(lambda gradient: self._on_backward())  # type: ignore[no-untyped-call]
+
+    def _prepare(self, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Work out the documents of this forward's tokens, and the state they go on from, from its arguments."""
+        if not any(layer.enabled for layer in self._layers.values()):
+            return
+        given = dict(zip(self._parameters_of_forward, args, strict=False)) | kwargs
+        names = ("input_ids", "inputs_embeds", "hidden_states")
+        tokens = next((given[name] for name in names if given.get(name) is not None), None)
+        if not isinstance(tokens, Tensor):
+            tokens = first_tensor(args, kwargs)
+        if tokens is None:
+            return  # the decoder itself will say that its input is missing
+        batch, length = tokens.shape[:2]
+        context.tokens = length
+        context.state = self._find_state(given)
+        mask = given.get("attention_mask")
+        context.documents = documents_of(
+            batch,
+            length,
+            explicit=context.explicit,
+            attention_mask=mask if _is_padding_mask(mask) else context.attention_mask,
+            position_ids=given.get("position_ids"),
+            carry=self._config.boundary == "carry",
+            device=tokens.device,
+            before=None if context.state is None else context.state.document,
+        )
+        if context.state is not None and context.state.layers:
+            self._plan_state(context, context.state)
+        training = self._decoder.module.training and torch.is_grad_enabled()
+        if training and not self._warned and context.state is None and length <= self._config.chunk_size:
+            self._warned = True
+            warnings.warn(
+                f"training on sequences of {length} tokens with chunk_size={self._config.chunk_size}: what the "
+                "memory writes is never read in them, so it gets no gradient. Use longer sequences or smaller chunks",
+                stacklevel=2,
+            )
+        wrap_checkpointing(self._holder, self._blocks, context)
+
+    def _find_state(self, given: Mapping[str, Any]) -> MemoryState | None:
+        """The state of this forward: the open session's, the cache's, a new one where a cache begins, or none.
+
+        Raises:
+            StateError: The cache has been filled without this memory.
+        """
+        cache = given.get("past_key_values")
+        if self.session is not None:
+            if isinstance(cache, Cache):
+                ride(cache, self.session)
+            return self.session
+        if not isinstance(cache, Cache):
+            begins = given.get("use_cache")
+            if begins is None:
+                begins = getattr(getattr(self._decoder.module, "config", None), "use_cache", False)
+            return MemoryState() if begins and not self._decoder.module.training else None
+        length = int(cache.get_seq_length())
+        state = state_of(cache)
+        if state is None and length == 0:
+            state = MemoryState()
+            ride(cache, state)
+        if state is None or state.length != length:
+            raise StateError(
+                f"the KV cache holds {length} tokens but the memory has read {state.length if state else 0}: it "
+                "was filled before attach or within memory.disabled(). Read the context again with the memory on"
+            )
+        return state
+
+    def _plan_state(self, context: ForwardContext, state: MemoryState) -> None:
+        if state.interrupted:
+            raise StateError(
+                "the last forward with this state ended in an error and may have left it half-written; begin anew, or "
+                "go on from a copy (copy.deepcopy of the cache, session.save)"
+            )
+        size = self._config.chunk_size
+        context.commits = size in state.phases
+        phases = [phase % size for phase in state.phases]
+        context.appends = (
+            context.documents is None and not torch.is_grad_enabled() and max(phases) + context.tokens <= size
+        )
+        state.interrupted = True
+
+    def _keep_state(self, context: ForwardContext, output: tuple[Any, ...]) -> None:
+        """After a forward: note where the state stands, and let a new one ride in the cache that came out."""
+        state = context.state
+        if state is None or not state.layers:
+            return
+        size = self._config.chunk_size
+        state.advance(
+            context.tokens, [phase % size + context.tokens for phase in state.phases] if context.appends else None
+        )
+        cache = next((value for value in output if isinstance(value, Cache)), None)
+        if cache is not None and state_of(cache) is not state:
+            ride(cache, state)
+
+    @torch.compiler.disable
+    def _capture_x0(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        context = self._holder.current
+        if context is not None and context.x0 is None:
+            context.x0 = first_tensor(args, kwargs)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model; any other as it is."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def _is_padding_mask(mask: object) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2

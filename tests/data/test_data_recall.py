@@ -101,3 +101,22 @@ def test_a_batch_is_what_a_model_takes_and_distances_on_request() -> None:
     rows = [dataset[index] for index in range(3)]
     assert set(collate(rows)) == set(TOKEN_COLUMNS)
     assert collate(rows, columns=("labels", "distances"))["distances"].shape == (3, 256)
+
+
+@pytest.mark.parametrize("min_distance", [1, 20, 31])
+def test_aligned_pairs_and_questions_start_at_even_places(min_distance: int) -> None:
+    config = RecallConfig(
+        task="recall", sequence_length=64, pairs=8, alignment=2, min_distance=min_distance, train_examples=200
+    )
+    for row in RecallDataset(config, "train"):
+        keys = np.flatnonzero((row["input_ids"] > 0) & (row["input_ids"] <= config.keys))
+        assert len(keys) == 16
+        assert (keys % 2 == 0).all()
+        answers = row["distances"][row["labels"] != -100]
+        assert len(answers) == 8
+        assert (answers >= min_distance).all()
+
+
+def test_alignment_needs_halves_of_even_length() -> None:
+    with pytest.raises(ValueError, match="multiple of 4; got 66"):
+        RecallConfig(task="recall", sequence_length=66, alignment=2)

@@ -67,7 +67,7 @@ def test_terminal_and_report_show_every_variant_and_the_gain(evaluation: Evaluat
     for text in (out.getvalue(), page):
         assert f"{evaluation.losses['memory'].quarters()[3]:.3f}" in text
         assert "gain of memory" in text
-        assert f"{evaluation.contexts['eta = 0'].perplexity[0]:,.2f}" in text
+        assert f"{evaluation.contexts['eta = 0'].perplexity[0]:,.1f}" in text
         assert "100.0 %" in text
     assert page.count("<svg") >= 3
     assert [section.title for section in evaluation.sections()] == [

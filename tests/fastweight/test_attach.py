@@ -562,15 +562,6 @@ def test_generate_without_a_cache_from_left_padded_prompts(name: str) -> None:
     assert base.tolist() != together.tolist()
 
 
-def test_generate_with_a_cache_is_refused_for_now() -> None:
-    model = LLAMA.make()
-    memory = inlay.attach(model, LLAMA.config())
-    with pytest.raises(NotImplementedError, match=r"use_cache=False .*or within memory.disabled\(\)"):
-        model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, do_sample=False)
-    with memory.disabled():
-        model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, do_sample=False)
-
-
 def test_importing_and_attaching_patch_nothing_outside_the_model() -> None:
     other, linear, forward = LLAMA.make(), nn.Linear.forward, transformers.LlamaModel.forward
     hooks = hook_counts(other)

@@ -177,6 +177,10 @@ class RecallConfig(_Config):
     """Fewest tokens from a pair's value to the key that asks for it. Set it to the attention window to put every
     pair out of the window's sight. Close to its limit it forces the questions into the order of the pairs."""
 
+    alignment: Literal[1, 2] = 1
+    """Pairs and questions start at multiples of this. 2 keeps each pair within one chunk of even size: a key at the end
+    of a chunk cannot be written with its value, which the target's convolution does not see across the edge."""
+
     train_examples: int = Field(100_000, ge=1)
     """Length of the training set. Examples are made when asked for, so a large number costs nothing."""
 
@@ -196,6 +200,8 @@ class RecallConfig(_Config):
             )
         if self.pairs > self.keys:
             raise ValueError(f"{self.pairs} pairs need as many distinct keys; keys is {self.keys}")
+        if self.alignment == 2 and self.sequence_length % 4:
+            raise ValueError(f"alignment 2 needs a sequence_length that is a multiple of 4; got {self.sequence_length}")
         longest = self.sequence_length - half - 1
         if self.min_distance > longest:
             raise ValueError(

@@ -54,11 +54,12 @@ class RecallDataset(Dataset[dict[str, np.ndarray]]):
         rng = np.random.default_rng([config.seed, stream, index % len(self)])
 
         length, half = config.sequence_length, config.sequence_length // 2
-        pairs = _places(rng, half, config.pairs)
-        questions = half + _places(rng, length - half, config.pairs)
+        pairs = _places(rng, half, config.pairs, config.alignment)
+        questions = half + _places(rng, length - half, config.pairs, config.alignment)
         # The i-th question comes late enough for the i-th pair, so every question has a pair to ask for. Both
         # lists keep steps of 2 or more, and so does their maximum.
-        questions = np.maximum(questions, pairs + 1 + config.min_distance)
+        earliest = pairs + 1 + config.min_distance
+        questions = np.maximum(questions, earliest + -earliest % config.alignment)
         asked = _match(rng, pairs, questions, config.min_distance)
 
         keys = 1 + rng.permutation(config.keys)[: config.pairs]
@@ -80,8 +81,10 @@ class RecallDataset(Dataset[dict[str, np.ndarray]]):
         }
 
 
-def _places(rng: np.random.Generator, length: int, count: int) -> np.ndarray:
+def _places(rng: np.random.Generator, length: int, count: int, alignment: int) -> np.ndarray:
     """Starts of `count` slots of 2 tokens in `length`, without overlap, every layout equally likely; sorted."""
+    if alignment == 2:
+        return 2 * np.sort(rng.permutation(length // 2)[:count])
     return np.sort(rng.permutation(length - count)[:count]) + np.arange(count)
 
 

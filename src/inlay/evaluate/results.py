@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import rich.table
 
 from inlay.evaluate.intervals import Interval
-from inlay.evaluate.position import PositionLoss, difference
+from inlay.evaluate.position import NO_STEP, PositionLoss, difference
 from inlay.evaluate.recall import RecallAccuracy
 from inlay.evaluate.scoring import EvaluationError
 from inlay.evaluate.window import GrowingContext
@@ -101,7 +101,7 @@ class Evaluation:
         for title, grid in self._grids():
             table = rich.table.Table(title=title, title_justify="left", caption=grid.caption, caption_justify="left")
             for index, heading in enumerate(grid.columns):
-                table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
+                table.add_column(heading, justify="right" if index else "left", no_wrap=True)
             for row in grid.rows:
                 table.add_row(*(str(cell) for cell in row))
             shown.append(table)
@@ -160,7 +160,8 @@ class Evaluation:
     def _context_grid(self) -> Table:
         columns = {
             name: [
-                f"{_figure(bits)} ({perplexity:,.2f})" for bits, perplexity in zip(c.bits, c.perplexity, strict=True)
+                f"{_figure(bits, 2)} ({_figure(perplexity, 1)})"
+                for bits, perplexity in zip(c.bits, c.perplexity, strict=True)
             ]
             for name, c in self.contexts.items()
         }
@@ -190,7 +191,10 @@ class Evaluation:
         return Table(["", "right answers", "95 % interval", "questions", "by chance"], rows)
 
     def _compared(self, variants: Mapping[str, Result]) -> list[str]:
-        return [name for name in variants if name != self.baseline] if self.baseline in variants else []
+        if self.baseline not in variants:
+            return []
+        # What a model that was trained with a memory loses without it is another question than what the memory gains.
+        return [name for name in variants if name != self.baseline and name != NO_STEP]
 
     def _loss_gain(self, name: str) -> tuple[Interval, ...]:
         assert self.baseline is not None
@@ -219,8 +223,8 @@ def _without_gaps(recall: RecallAccuracy) -> tuple[Any, Any, Any]:
     return recall.edges, [0.0 if math.isnan(share) else share for share in recall.by_distance], recall.counts
 
 
-def _figure(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else MISSING
+def _figure(value: float, digits: int = 3) -> str:
+    return f"{value:,.{digits}f}" if math.isfinite(value) else MISSING
 
 
 def _gain(gain: Interval) -> str:

@@ -184,6 +184,11 @@ class ForwardHooks:
             return MemoryState() if begins and not self._decoder.module.training else None
         length = int(cache.get_seq_length())
         state = state_of(cache)
+        if state is not None and state.interrupted:
+            raise StateError(
+                "the last forward with this cache ended in an error and may have left the memory half-written; begin "
+                "anew, or go on from a copy of the cache (copy.deepcopy)"
+            )
         if state is None and length == 0:
             state = MemoryState()
             ride(cache, state)
@@ -195,11 +200,6 @@ class ForwardHooks:
         return state
 
     def _plan_state(self, context: ForwardContext, state: MemoryState) -> None:
-        if state.interrupted:
-            raise StateError(
-                "the last forward with this state ended in an error and may have left it half-written; begin anew, or "
-                "go on from a copy (copy.deepcopy of the cache, session.save)"
-            )
         size = self._config.chunk_size
         context.commits = size in state.phases
         phases = [phase % size for phase in state.phases]

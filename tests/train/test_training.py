@@ -204,6 +204,7 @@ def test_evaluation_during_training_is_logged(tmp_path: Path) -> None:
 def test_a_memory_that_can_never_be_read_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(MemoryNeverReadError, match="longest has 32 tokens and chunk_size is 32"):
         train(recipe(memory={"layers": [1], "chunk_size": 32}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_nan_in_the_memory_stops_the_run_and_names_layer_and_step(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, console: Con
         MemoryNeverReadError: No document is longer than a chunk.
     """
     console = console or Console(quiet=True)
-    _claim(directory, recipe, resume)
+    _refuse_another_run(directory, recipe, resume)
     set_seed(recipe.seed)
     data = load_data(recipe.data)
     model = build_model(recipe, data.vocab_size)
@@ -98,6 +98,8 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, console: Con
     console.print(_data_table(data, recipe))
     console.print(_model_line(model, memory))
 
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / RECIPE).write_text(dump_recipe(recipe))
     arguments = TrainingArguments(
         output_dir=str(directory),
         seed=recipe.seed,
@@ -185,9 +187,8 @@ def load_run(directory: Path, *, device: str | torch.device | None = None) -> Ru
     return Run(directory, recipe, model, memory)
 
 
-def _claim(directory: Path, recipe: Recipe, resume: bool) -> None:
-    """Make the directory this run's, or make sure that it is."""
-    text, path = dump_recipe(recipe), directory / RECIPE
+def _refuse_another_run(directory: Path, recipe: Recipe, resume: bool) -> None:
+    path = directory / RECIPE
     if path.exists():
         if not resume:
             raise RunError(
@@ -197,8 +198,6 @@ def _claim(directory: Path, recipe: Recipe, resume: bool) -> None:
             raise RunError(
                 f"{directory} was trained with another recipe ({path}); resume with that one, or choose another name"
             )
-    directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
 
 
 def _attach(model: PreTrainedModel | PeftModel, recipe: Recipe) -> Memory | None:

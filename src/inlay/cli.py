@@ -18,6 +18,18 @@ errors = Console(stderr=True)
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)]
 Runs = Annotated[Path, typer.Option(help="Where runs are kept.")]
+RunPath = Annotated[Path, typer.Argument(help="A finished run's directory.", show_default=False)]
+SessionPath = Annotated[
+    Path | None, typer.Option(help="Loaded first if the file exists, saved afterwards.", metavar="FILE", dir_okay=False)
+]
+MaxNewTokens = Annotated[int, typer.Option(help="An answer's most tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token each time.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that sum to this.")]
+Seed = Annotated[int | None, typer.Option(help="For the same answer again.", show_default=False)]
+Window = Annotated[
+    int | None,
+    typer.Option(help="Tokens attention sees at most, if fewer than the model's own window.", show_default=False),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -60,6 +72,65 @@ def evaluate(
         console.print(table)
     console.print(f"figures: {figures}")
     console.print(f"report: {write_run_report(run, evaluation.sections())}")
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Read first, however long.", metavar="FILE", exists=True, dir_okay=False)
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Read after the file.", show_default=False)] = "",
+    session: SessionPath = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
+    window: Window = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the answer there, not to the terminal.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Read a prompt of any length and go on with it.
+
+    A session file keeps the memory between calls, in a bounded size, and
+    nothing else: attention begins anew with each call, so of earlier calls the
+    model knows what its memory holds.
+    """
+    from inlay.chat import Conversation, Sampling
+    from inlay.terminal import generate, read_prompt
+    from inlay.train import load_run
+
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    text = read_prompt(prompt_file, prompt)
+    conversation = Conversation(load_run(run), session, window=window, seed=seed)
+    generate(conversation, text, sampling, output=output, status=errors)
+    if session is not None:
+        conversation.save(session)
+
+
+@app.command()
+def chat(
+    run: RunPath,
+    session: SessionPath = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
+    window: Window = None,
+) -> None:
+    """Talk with a run; /help tells the commands.
+
+    Within a chat attention and the memory both go on. A session file keeps the
+    memory alone, so of earlier chats the model knows what its memory holds.
+    """
+    from inlay.chat import Conversation, Sampling
+    from inlay.terminal import Chat
+    from inlay.train import load_run
+
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    conversation = Conversation(load_run(run), session, window=window, seed=seed)
+    Chat(conversation, console, sampling, session_path=session).run()
 
 
 @app.command()

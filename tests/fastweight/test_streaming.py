@@ -86,6 +86,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         "target": draw(st.sampled_from(["embeddings", "hidden"])),
         "boundary": draw(st.sampled_from(["reset", "carry"])),
         "clip": draw(st.sampled_from([None, 0.5])),
+        "representation": draw(st.sampled_from(["auto", "dense", "deferred"])),
         "seed": draw(st.integers(0, 1000)),
     }
 
@@ -102,6 +103,9 @@ def test_logits_agree_however_the_tokens_arrive_row_by_row(call: dict[str, Any])
         boundary=call["boundary"],
         max_update_norm=call["clip"],
     )
+    memory = inlay.find_memory(model)
+    assert memory is not None
+    memory.representation = call["representation"]
     rows = tokens(len(lengths), longest, call["seed"])
     place = torch.arange(longest)
     documents = torch.stack([torch.bucketize(place, torch.tensor(sorted(row)), right=True) for row in call["starts"]])
@@ -281,19 +285,80 @@ def test_a_forward_without_a_cache_is_stateless() -> None:
         assert torch.equal(first.logits, model(ids).logits)
 
 
-def test_the_state_does_not_grow_and_does_not_drift_over_many_steps() -> None:
-    model, ids = llama(chunk_size=8), tokens(1, 240)
-    cache = DynamicCache()
-    sizes = set()
-    outputs = []
+@torch.no_grad()
+def decode(representation: str, ids: Tensor) -> tuple[Tensor, list[int]]:
+    """Logits of ``ids`` one token at a time, and the state's bytes after each."""
+    model = llama(chunk_size=4)
+    memory = inlay.find_memory(model)
+    assert memory is not None
+    memory.representation = representation
+    cache, outputs, sizes = DynamicCache(), [], []
+    for t in range(ids.shape[1]):
+        outputs.append(model(ids[:, t : t + 1], past_key_values=cache).logits)
+        state = state_of(cache)
+        assert state is not None
+        sizes.append(state.nbytes)
+    return torch.cat(outputs, 1), sizes
+
+
+def test_the_dense_state_does_not_grow_and_does_not_drift_over_many_steps() -> None:
+    ids = tokens(1, 240)
     with torch.no_grad():
-        for t in range(240):
-            outputs.append(model(ids[:, t : t + 1], past_key_values=cache).logits)
-            state = state_of(cache)
-            assert state is not None
-            sizes.add(state.nbytes)
-        assert_close(torch.cat(outputs, 1), model(ids, use_cache=False).logits, 1e-9)
-    assert len(sizes) == 1
+        whole = llama(chunk_size=4)(ids, use_cache=False).logits
+    logits, sizes = decode("dense", ids)
+    assert_close(logits, whole, 1e-9)
+    assert len(set(sizes)) == 1
+
+
+def test_the_deferred_state_switches_to_the_sum_where_that_is_smaller() -> None:
+    """D=16, F=24: even at 9 tokens, so two chunks of 4 are kept as they are and the third makes the sum."""
+    ids = tokens(1, 60)
+    dense, dense_sizes = decode("dense", ids)
+    switching, sizes = decode("auto", ids)
+    deferred, growing = decode("deferred", ids)
+    assert_close(switching, dense, 1e-10)
+    assert_close(deferred, dense, 1e-10)
+    assert max(sizes) == dense_sizes[0]
+    assert sizes[11] < dense_sizes[0]
+    assert sizes[12] == dense_sizes[0]
+    assert growing[-1] > dense_sizes[0]
+    with pytest.raises(ValueError, match="representation takes one of"):
+        decode("sparse", ids)
+
+
+@pytest.mark.parametrize("cuts", [[26], [9, 17], [1] * 26])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_the_history_tells_norm_and_clip_scale_of_each_chunk_in_the_sum(cuts: list[int], clip: float | None) -> None:
+    """However the tokens arrive: two rows, one of which begins a document at token 12, chunks of 5."""
+    model = llama(chunk_size=5, max_update_norm=clip)
+    memory = inlay.find_memory(model)
+    assert memory is not None
+    memory.representation = "dense"
+    documents = torch.zeros(2, 26, dtype=torch.long)
+    documents[1, 12:] = 1
+    cache = DynamicCache()
+    with torch.no_grad():
+        for ids, piece in zip(tokens(2, 26).split(cuts, 1), documents.split(cuts, 1), strict=True):
+            model(ids, document_ids=piece, past_key_values=cache)
+    state = state_of(cache)
+    assert state is not None
+    layer = state.layers[2]
+    assert layer.history is not None
+    for row, committed in ((0, 5), (1, 2)):
+        entries = [entry for entry in layer.history[row] if entry[1] > 0]
+        assert len(entries) == committed
+        norms, scales = torch.stack(entries).unbind(1)
+        assert ((scales < 1) == (clip is not None)).all()
+        if clip is not None:
+            assert_close(norms, torch.full_like(norms, clip), 1e-6)
+        assert layer.sum[row].norm() <= norms.sum() * (1 + 1e-6)
+    if len(cuts) == 1:
+        first = layer.history[0, 0, 0]
+        with torch.no_grad():
+            model(tokens(2, 26)[:1, :6], past_key_values=(one := DynamicCache()))
+        alone = state_of(one)
+        assert alone is not None
+        assert_close(alone.layers[2].sum.norm().float(), first, 1e-6)
 
 
 def test_gradients_flow_through_the_state_from_call_to_call() -> None:

@@ -13,7 +13,9 @@ from inlay.fastweight.layer import FastWeightLinear
 from inlay.fastweight.memory import Memory, TrainMode, attach, attach_pretrained, find_memory
 from inlay.fastweight.operation import fast_weight_linear
 from inlay.fastweight.reference import fast_weight_linear_reference
+from inlay.fastweight.session import Session
 from inlay.fastweight.state import NO_DOCUMENT, FastWeightState
+from inlay.fastweight.streaming import StateError
 from inlay.fastweight.target import TargetGenerator
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "MemoryNeverReadError",
     "NonFiniteMemoryError",
     "NormalInit",
+    "Session",
+    "StateError",
     "TargetGenerator",
     "TrainMode",
     "attach",

@@ -35,6 +35,7 @@ class ForwardContext:
         explicit: ``document_ids`` as the caller passed them, if any.
         attention_mask: The 2-D one, if the caller or the model gave one.
         recomputing: Whether gradient checkpointing is running a block again.
+        batch: Rows B.
         tokens: New tokens per row T.
         state: What the rows have read before this forward and will have after it; None for a stateless one.
         appends: Whether every row only adds tokens to its open chunk (decoding), so that the state is written in place.
@@ -46,6 +47,7 @@ class ForwardContext:
     explicit: Tensor | None = None
     attention_mask: Tensor | None = None
     recomputing: bool = False
+    batch: int = 0
     tokens: int = 0
     state: MemoryState | None = None
     appends: bool = False
@@ -62,6 +64,11 @@ class ForwardContext:
                 *key, documents=documents, state=state, device=z.device, keep_last_open=self.state is not None
             )
         return self._layouts[key]
+
+    @property
+    def used_layout(self) -> ChunkLayout | None:
+        """The chunk grid that the layers used; None if none has asked for it."""
+        return next(iter(self._layouts.values()), None)
 
 
 class ContextHolder:

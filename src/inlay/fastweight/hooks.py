@@ -141,8 +141,14 @@ class ForwardHooks:
         if tokens is None:
             return  # the decoder itself will say that its input is missing
         batch, length = tokens.shape[:2]
-        context.tokens = length
+        context.batch, context.tokens = batch, length
         context.state = self._find_state(given)
+        rows = None if context.state is None else context.state.rows
+        if rows not in (None, batch):
+            raise StateError(
+                f"the session was made for {rows} rows, this call has {batch}: make it with "
+                f"memory.session(batch_size={batch}), or repeat its rows with session.select"
+            )
         mask = given.get("attention_mask")
         context.documents = documents_of(
             batch,
@@ -154,8 +160,10 @@ class ForwardHooks:
             device=tokens.device,
             before=None if context.state is None else context.state.document,
         )
-        if context.state is not None and context.state.layers:
-            self._plan_state(context, context.state)
+        if context.state is not None:
+            if context.state.layers:
+                self._plan_state(context, context.state)
+            context.state.interrupted = True
         training = self._decoder.module.training and torch.is_grad_enabled()
         if training and not self._warned and context.state is None and length <= self._config.chunk_size:
             self._warned = True
@@ -174,6 +182,11 @@ class ForwardHooks:
         """
         cache = given.get("past_key_values")
         if self.session is not None:
+            if self.session.interrupted and self.session.layers:
+                raise StateError(
+                    "the last forward of this session ended in an error and may have left its state half-written; "
+                    "begin anew with session.reset(), or go on from a saved one with memory.load_session"
+                )
             if isinstance(cache, Cache):
                 ride(cache, self.session)
             return self.session
@@ -184,7 +197,7 @@ class ForwardHooks:
             return MemoryState() if begins and not self._decoder.module.training else None
         length = int(cache.get_seq_length())
         state = state_of(cache)
-        if state is not None and state.interrupted:
+        if state is not None and state.interrupted and state.layers:
             raise StateError(
                 "the last forward with this cache ended in an error and may have left the memory half-written; begin "
                 "anew, or go on from a copy of the cache (copy.deepcopy)"
@@ -206,7 +219,6 @@ class ForwardHooks:
         context.appends = (
             context.documents is None and not torch.is_grad_enabled() and max(phases) + context.tokens <= size
         )
-        state.interrupted = True
 
     def _keep_state(self, context: ForwardContext, output: tuple[Any, ...]) -> None:
         """After a forward: note where the state stands, and let a new one ride in the cache that came out."""
@@ -214,9 +226,12 @@ class ForwardHooks:
         if state is None or not state.layers:
             return
         size = self._config.chunk_size
-        state.advance(
-            context.tokens, [phase % size + context.tokens for phase in state.phases] if context.appends else None
-        )
+        if context.appends:
+            counts = [[context.tokens, int(phase == size)] for phase in state.phases]
+            phases = [phase % size + context.tokens for phase in state.phases]
+            state.advance(context.tokens, phases, torch.tensor(counts))
+        else:
+            state.advance(context.tokens, None, _counts(context, context.batch))
         cache = next((value for value in output if isinstance(value, Cache)), None)
         if cache is not None and state_of(cache) is not state:
             ride(cache, state)
@@ -232,6 +247,21 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model; any other as it is."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
+
+
+def _counts(context: ForwardContext, rows: int) -> Tensor:
+    """``[B, 2]`` on the host: real tokens that each row read in this forward, and chunks that it committed."""
+    layout = context.used_layout
+    assert layout is not None
+    tokens = torch.full((rows,), context.tokens)
+    if context.documents is not None:
+        tokens = (context.documents >= 0).sum(1).cpu()
+    always = sum(writes is True for writes in layout.writes)
+    chunks = torch.full((rows,), always)
+    some = [writes for writes in layout.writes if isinstance(writes, Tensor)]
+    if some:
+        chunks = chunks + torch.stack(some).sum(0).cpu()
+    return torch.stack([tokens, chunks], 1)
 
 
 def _is_padding_mask(mask: object) -> bool:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from inlay.fastweight.clip import clip_targets
+from inlay.fastweight.clip import clip_targets, update_norms
 from inlay.fastweight.config import FastWeightConfig
 from inlay.fastweight.context import ContextHolder, ForwardContext, first_tensor
+from inlay.fastweight.deferred import break_even, products_after
 from inlay.fastweight.families import projection_shape
 from inlay.fastweight.scan import ScanPlan, add_product, operand, scan
 from inlay.fastweight.state import FastWeightState
 from inlay.fastweight.streaming import StateError
 from inlay.fastweight.target import TargetGenerator
+
+Representation = Literal["auto", "dense", "deferred"]
 
 
 class Statistics(nn.Module):
@@ -62,6 +65,8 @@ class FastWeightLinear(nn.Linear):
         index: The block it belongs to.
         target: Convolution and projection of the target.
         statistics: What the layer counts on its device while it runs.
+        representation: How its state holds what is committed: the ``dense`` sum, ``deferred`` products, or (``auto``)
+            products until the sum is cheaper. Read when a state begins.
     """
 
     def __init__(self, base: nn.Module, index: int, config: FastWeightConfig, holder: ContextHolder) -> None:
@@ -81,6 +86,7 @@ class FastWeightLinear(nn.Linear):
         self.target = TargetGenerator(self.out_features, config, dtype=dtype, device=weight.device)
         self.train(base.training)
         self.mlp_input: Tensor | None = None
+        self.representation: Representation = "auto"
         self.statistics = Statistics(weight.device)
 
     def train(self, mode: bool = True) -> FastWeightLinear:
@@ -137,7 +143,7 @@ class FastWeightLinear(nn.Linear):
             self.statistics.count(scale, layout.writes)
         exposure = self.config.exposure if self.training else 0.0
         plan = ScanPlan(layout, self.config.eta, exposure, final_sum=context.state is not None)
-        initial = None if state is None else state.sum
+        initial = None if state is None else state.total()
         if layout.aligned and _is_plain_linear(base):
             out, total = scan(z_packed, v, initial, plan, weight=base.weight, bias=base.bias)
             dtype = _linear_dtype(z)
@@ -147,7 +153,17 @@ class FastWeightLinear(nn.Linear):
             out, dtype = slow.to(fast.dtype) + layout.unpack(fast), slow.dtype
         if total is not None and context.state is not None:
             opened = layout.open_chunk(z_packed), layout.open_chunk(x_packed)
-            context.state.layers[self.index] = FastWeightState(total, layout.phase, layout.document, *opened)
+            products = None
+            if self._defers(state, (layout.chunks - 1) * layout.chunk_size):
+                products = products_after(None if state is None else state.products, z_packed, v, layout)
+                total = total.new_zeros(z.shape[0], 0, 0)
+            after = FastWeightState(
+                total, layout.phase, layout.document, *opened, products, None if state is None else state.history
+            )
+            context.state.layers[self.index] = after
+            chunks, emptied = layout.committed(z.shape[0], z.device)
+            norms = update_norms(z_packed, v, self.config.chunk_size).detach() * chunks
+            after.log(norms, torch.where(chunks, 1.0 if scale is None else scale.detach(), 0.0), emptied)
         if self.training:
             self.statistics.nonfinite |= ~torch.isfinite(out.detach()).all()
         return out.to(dtype)
@@ -162,13 +178,25 @@ class FastWeightLinear(nn.Linear):
             )
         return state
 
+    def _defers(self, before: FastWeightState | None, committed: int) -> bool:
+        """Whether the state after a call that commits so many tokens is better kept as products."""
+        if torch.is_grad_enabled() or (before is not None and before.products is None):
+            return False
+        if self.representation != "auto":
+            return self.representation == "deferred"
+        used = 0 if before is None or before.products is None else before.products.used
+        return used + committed <= break_even(self.out_features, self.in_features)
+
     def _append(self, z: Tensor, x: Tensor, state: FastWeightState, commits: bool) -> Tensor:
         """Decode: tokens that stay within the open chunk read the sum as it is and wait in the buffers. In place."""
         if commits:
             self._commit(state)
         slow = self.__dict__["base"](z)
         with torch.autocast(z.device.type, enabled=False):
-            fast = torch.bmm(z.to(state.sum.dtype), state.sum.mT)
+            if state.products is not None:
+                fast = state.products.read(z)
+            else:
+                fast = torch.bmm(z.to(state.sum.dtype), state.sum.mT)
             out = torch.add(slow.to(fast.dtype), fast, alpha=self.config.eta).to(slow.dtype)
         slots = (state.phase.unsqueeze(1) + torch.arange(z.shape[1], device=z.device)).unsqueeze(-1)
         state.z.scatter_(1, slots.expand(z.shape), z.to(state.z.dtype))
@@ -182,8 +210,16 @@ class FastWeightLinear(nn.Linear):
         v, scale = self._targets(state.z, state.x)
         if scale is not None:
             self.statistics.count(scale, (full,))
+        v = v * full.view(-1, 1, 1)
+        norms = update_norms(state.z, v, self.config.chunk_size)
+        state.log(norms * full.unsqueeze(1), full.unsqueeze(1) * (1.0 if scale is None else scale))
         with torch.autocast(state.z.device.type, enabled=False):
-            add_product(state.sum, operand(v * full.view(-1, 1, 1)).mT, operand(state.z), 1.0)
+            if state.products is not None and not self._defers(state, self.config.chunk_size):
+                state.sum, state.products = state.products.total(), None
+            if state.products is not None:
+                state.products.append(state.z * full.view(-1, 1, 1), v)
+            else:
+                add_product(state.sum, operand(v).mT, operand(state.z), 1.0)
         for buffer in (state.z, state.x):
             buffer.masked_fill_(full.view(-1, 1, 1), 0)
         state.phase = state.phase.masked_fill(full, 0)

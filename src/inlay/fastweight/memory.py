@@ -20,7 +20,9 @@ from inlay.fastweight.context import ContextHolder
 from inlay.fastweight.errors import AttachError, CheckpointError, MemoryNeverReadError, NonFiniteMemoryError
 from inlay.fastweight.families import Decoder, Site, find_decoder, is_called
 from inlay.fastweight.hooks import ForwardHooks
-from inlay.fastweight.layer import FastWeightLinear
+from inlay.fastweight.layer import FastWeightLinear, Representation
+from inlay.fastweight.session import Session, load_session
+from inlay.fastweight.streaming import MemoryState
 
 TrainMode = Literal["memory", "memory+layers", "memory+lora", "all"]
 
@@ -185,6 +187,50 @@ class Memory:
         checkpoint.check_model(saved, checkpoint.describe_model(self.model, self.decoder))
         checkpoint.load_tensors(saved, self.layers, self.base_parameters())
         self.trained_base.update(saved.base_names)
+
+    # -- sessions ----------------------------------------------------------------------------------------------------
+
+    def session(self, batch_size: int = 1) -> Session:
+        """A new session: streaming without a KV cache, and conversations that outlive a process.
+
+        Args:
+            batch_size: Rows B of every call within it.
+        """
+        if batch_size < 1:
+            raise ValueError(f"a session has at least one row; got batch_size={batch_size}")
+        return Session(self, MemoryState(batch_size))
+
+    def load_session(self, path: str | Path) -> Session:
+        """The session that :meth:`Session.save` wrote to ``path``; it goes on bit for bit.
+
+        Raises:
+            CheckpointError: The file is missing, damaged or of a newer format, or another model, configuration or
+                training of the memory wrote it; the message says which. Nothing is half-loaded.
+        """
+        return load_session(self, Path(path))
+
+    @property
+    def open_session(self) -> MemoryState | None:
+        """The state of the session that is open, which every forward goes on from; None if none is."""
+        return self._hooks.session
+
+    @open_session.setter
+    def open_session(self, state: MemoryState | None) -> None:
+        self._hooks.session = state
+
+    @property
+    def representation(self) -> Representation:
+        """How states hold what is committed: the ``dense`` sum, ``deferred`` products (Z, V), or by default (``auto``)
+        products up to D·F / (D + F) committed tokens, where the sum becomes cheaper. Set it before a state begins.
+        Logits are the same to rounding."""
+        return next(iter(self.layers.values())).representation
+
+    @representation.setter
+    def representation(self, value: Representation) -> None:
+        if value not in get_args(Representation):
+            raise ValueError(f"representation takes one of {get_args(Representation)}; got {value!r}")
+        for layer in self.layers.values():
+            layer.representation = value
 
     # -- training ----------------------------------------------------------------------------------------------------
 

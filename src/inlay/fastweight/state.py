@@ -15,10 +15,15 @@ pending however the tokens are cut into calls. That is what makes a whole forwar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from inlay.fastweight.deferred import Products
 
 NO_DOCUMENT = -1
 
@@ -33,6 +38,9 @@ class FastWeightState:
         document: ``[B]`` int64, id of the current document, ``NO_DOCUMENT`` (−1) before the first token.
         z: ``[B, C, F]`` inputs of the down projection in the open chunk; zero from ``phase`` on.
         x: ``[B, C, D]`` what the target of the open chunk is made from; zero from ``phase`` on.
+        products: The committed tokens in place of their sum, while they are few; ``sum`` is ``[B, 0, 0]`` then.
+        history: ``[B, n, 2]`` norm ‖Δ‖ and clip scale of each chunk in the sum, in order; zero where a row committed
+            nothing. A log of two numbers a chunk, not counted in ``nbytes``; None if nothing was logged.
     """
 
     sum: Tensor
@@ -40,6 +48,8 @@ class FastWeightState:
     document: Tensor
     z: Tensor
     x: Tensor
+    products: Products | None = None
+    history: Tensor | None = None
 
     @classmethod
     def empty(
@@ -83,12 +93,26 @@ class FastWeightState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors; constant over the life of the state."""
-        return sum(t.numel() * t.element_size() for t in self._tensors())
+        """Bytes of all tensors; constant once the sum is dense."""
+        held = sum(t.numel() * t.element_size() for t in self._tensors())
+        return held if self.products is None else held + self.products.nbytes
+
+    def log(self, norms: Tensor, scales: Tensor, emptied: Tensor | None = None) -> None:
+        """Add committed chunks (``[B, n]`` norms and clip scales, zero where there is none) to the history; the rows
+        where ``emptied`` ``[B]`` holds lose theirs first."""
+        new = torch.stack([norms, scales], dim=-1).detach().float()
+        old = self.history
+        if old is not None and emptied is not None:
+            old = old.masked_fill(emptied.view(-1, 1, 1), 0.0)
+        self.history = new if old is None else torch.cat([old, new], dim=1)
+
+    def total(self) -> Tensor:
+        """The sum ``[B, D, F]``, made from the products if it is not held."""
+        return self.sum if self.products is None else self.products.total()
 
     def select(self, indices: Tensor) -> FastWeightState:
         """The rows ``indices`` (``[K]`` int64, repeats allowed), copied: beam search and batch selection."""
-        return FastWeightState(*(t.index_select(0, indices.to(t.device)) for t in self._tensors()))
+        return self._map(lambda t: t.index_select(0, indices.to(t.device)))
 
     def reset(self, rows: Tensor) -> FastWeightState:
         """A copy in which the rows where ``rows`` (``[B]`` bool) holds have read nothing."""
@@ -103,15 +127,23 @@ class FastWeightState:
             cleared(self.document, NO_DOCUMENT),
             cleared(self.z),
             cleared(self.x),
+            None if self.products is None else self.products.map(cleared),
+            None if self.history is None else cleared(self.history),
         )
 
     def detach(self) -> FastWeightState:
         """The same tensors without their autograd history (truncated backpropagation through time)."""
-        return FastWeightState(*(t.detach() for t in self._tensors()))
+        return self._map(Tensor.detach)
 
     def to(self, device: torch.device | str) -> FastWeightState:
         """The state on another device."""
-        return FastWeightState(*(t.to(device) for t in self._tensors()))
+        return self._map(lambda t: t.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> FastWeightState:
+        total, phase, document, z, x = (function(t) for t in self._tensors())
+        products = None if self.products is None else self.products.map(function)
+        history = None if self.history is None else function(self.history)
+        return FastWeightState(total, phase, document, z, x, products, history)
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.sum, self.phase, self.document, self.z, self.x

@@ -31,11 +31,17 @@ class MemoryState:
     Attributes:
         layers: The state of each memory layer by block index; empty before the first call.
         length: Tokens per row that were passed, padding included: what the KV cache calls its length.
+        counts: ``[B, 2]`` int64 on the host, real tokens read and chunks committed since the row was empty; None
+            before the first call.
+        rows: The number of rows it was made for (by a session); None: what the first call brings.
+        interrupted: Whether a forward that went on from it has not ended well.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int | None = None) -> None:
         self.layers: dict[int, FastWeightState] = {}
         self.length = 0
+        self.counts: Tensor | None = None
+        self.rows = rows
         self.interrupted = False
         self._phases: list[int] | None = None
 
@@ -67,14 +73,24 @@ class MemoryState:
         """``[B]`` ids of the documents the rows are in; None before the first call."""
         return next((layer.document for layer in self.layers.values()), None)
 
-    def advance(self, tokens: int, phases: list[int] | None) -> None:
-        """Note that a call has ended. ``phases`` of None: to be read from the layers when they are asked for."""
+    def advance(self, tokens: int, phases: list[int] | None, counts: Tensor) -> None:
+        """Note that a call has ended.
+
+        Args:
+            tokens: Per row, padding included.
+            phases: Tokens in each row's open chunk; None: to be read from the layers when they are asked for.
+            counts: ``[B, 2]`` int64 on the host, real tokens read and chunks committed in the call.
+        """
         self.length += tokens
+        self.counts = counts if self.counts is None else self.counts + counts
         self._phases = phases
         self.interrupted = False
 
     def select(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` ``[K]``, repeats allowed (beam search, batch selection)."""
+        if self.counts is not None:
+            self.counts = self.counts.index_select(0, indices.cpu())
+        self.rows = None if self.rows is None else len(indices)
         self._replace({index: layer.select(indices) for index, layer in self.layers.items()})
 
     def repeat_interleave(self, repeats: int) -> None:
@@ -85,8 +101,10 @@ class MemoryState:
     def reset(self, rows: Tensor | None = None) -> None:
         """Forget everything, or what the rows where ``rows`` ``[B]`` (bool) holds have read."""
         if rows is None:
-            self.layers, self.length, self.interrupted, self._phases = {}, 0, False, None
+            self.layers, self.length, self.counts, self.interrupted, self._phases = {}, 0, None, False, None
         else:
+            if self.counts is not None:
+                self.counts = self.counts.masked_fill(rows.cpu().unsqueeze(1), 0)
             self._replace({index: layer.reset(rows) for index, layer in self.layers.items()})
 
     def detach(self) -> None:
@@ -112,6 +130,8 @@ class MemoryState:
                 "before (copy.deepcopy) and go on from that"
             )
         self.length -= tokens
+        if self.counts is not None:
+            self.counts = self.counts - torch.tensor([tokens, 0])
         phases = [phase - tokens for phase in self.phases]
         for layer in self.layers.values():
             layer.phase = layer.phase - tokens

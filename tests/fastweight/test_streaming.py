@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -138,12 +139,25 @@ def test_the_memory_matters_in_these_tests() -> None:
     assert relative_error(remembered[:, 5:], plain[:, 5:]) > 0.1
 
 
+def trained(family: str) -> PreTrainedModel:
+    """A tiny model whose memory alone was trained for some steps on sequences that repeat, in float64."""
+    made = BY_NAME[family]
+    model = made.make().double()
+    memory = inlay.attach(model, made.config(chunk_size=4, eta=0.5, init="next_token")).train_only("memory")
+    model.train()
+    optimizer = torch.optim.AdamW(memory.parameters(), lr=0.05)
+    for step in range(8):
+        ids = tokens(4, 12, seed=step).repeat(1, 2)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mistral"])
 def test_generate_gives_each_prompt_of_a_batch_what_it_gives_alone(family: str) -> None:
-    made = BY_NAME[family]
-    model = made.make()
-    inlay.attach(model, made.config(chunk_size=4, eta=0.5))
-    model = model.double().eval()
+    """Mistral's layers slide, so its cache is the sliding-window one; the prompts are padded on the left."""
+    model = trained(family)
     options = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0, "eos_token_id": None}
     prompts = [tokens(1, length, seed=length) for length in (3, 9, 14, 5)]
     ids = torch.zeros(4, 14, dtype=torch.long)
@@ -213,6 +227,31 @@ def test_prompt_lookup_gives_the_greedy_tokens_while_rollback_stays_in_the_chunk
     mask = torch.ones_like(prompt)
     looked_up = model.generate(prompt, attention_mask=mask, prompt_lookup_num_tokens=3, **options)
     assert torch.equal(looked_up, model.generate(prompt, attention_mask=mask, **options))
+
+
+def test_assisted_decoding_gives_the_greedy_tokens_while_rollback_stays_in_the_chunk() -> None:
+    model, assistant, prompt = llama(chunk_size=64), llama(chunk_size=64, eta=0.0), tokens(1, 7)
+    options = {"do_sample": False, "max_new_tokens": 40, "pad_token_id": 0, "eos_token_id": None}
+    mask = torch.ones_like(prompt)
+    assisted = model.generate(prompt, attention_mask=mask, assistant_model=assistant, **options)
+    assert torch.equal(assisted, model.generate(prompt, attention_mask=mask, **options))
+
+
+def test_an_offloaded_cache_carries_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offloading moves keys and values between CUDA and the host; a stand-in takes the place of its CUDA streams."""
+
+    class Stream(nullcontext[None]):
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    model, ids = llama(), tokens(2, 20)
+    cache = DynamicCache(config=model.config, offloading=True)
+    with torch.no_grad():
+        pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([7, 1, 1, 11], 1)]
+        assert_close(torch.cat(pieces, 1), model(ids, use_cache=False).logits, 1e-12)
 
 
 def test_rollback_stays_possible_until_the_next_chunk_begins() -> None:

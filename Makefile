@@ -22,7 +22,7 @@ demo: $(STAMP)   ## Train, evaluate and report on the embedded data (under 8 min
 	$(BIN)/inlay demo
 
 test: $(STAMP)   ## Run the tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(STAMP)  ## Lint, format and types
 	$(BIN)/ruff check .

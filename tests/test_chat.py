@@ -82,9 +82,6 @@ def answer(conversation: Conversation, text: str, sampling: Sampling = GREEDY) -
     return "".join(conversation.say(text, sampling))
 
 
-# -- a conversation ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["memory", "plain", "sliding"])
 def test_a_greedy_answer_is_what_generate_gives(runs: Path, name: str) -> None:
     run = load_run(runs / name)
@@ -198,9 +195,6 @@ def test_an_empty_prompt_continues(run: Run, chosen: list[int]) -> None:
     assert chosen[:12] == chosen[12:]
 
 
-# -- from one process to the next --------------------------------------------------------------------------------------
-
-
 def test_a_saved_conversation_goes_on_with_the_memory_alone(runs: Path, run: Run, tmp_path: Path) -> None:
     path = tmp_path / "alice"
     first = Conversation(run, path)
@@ -245,9 +239,6 @@ def test_what_cannot_be_had_is_refused(runs: Path, run: Run, tmp_path: Path) -> 
         Conversation(run, path)
 
 
-# -- text --------------------------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(max_size=20))
 def test_pieces_make_up_the_text_and_no_character_is_cut(text: str) -> None:
@@ -285,9 +276,6 @@ def test_with_a_chat_template_two_turns_are_read_as_the_template_writes_them(run
 
 def test_what_steers_a_terminal_is_not_passed_on() -> None:
     assert printable("a\x1b[2Jb\r\n\tc\x9b é") == "a\ufffd[2Jb\ufffd\n\tc\ufffd é"
-
-
-# -- at the terminal ---------------------------------------------------------------------------------------------------
 
 
 def chat(conversation: Conversation, *lines: str | type[BaseException], session_path: Path | None = None) -> str:
@@ -353,9 +341,6 @@ def test_a_run_without_a_memory_chats_and_says_that_it_has_none(runs: Path) -> N
     assert shown.count("error:") == 2
     with pytest.raises(ChatError, match="has no memory"):
         memory_table(Conversation(load_run(runs / "plain")))
-
-
-# -- the commands ------------------------------------------------------------------------------------------------------
 
 
 def test_generate_reads_a_file_goes_on_with_a_session_and_writes_the_answer(runs: Path, tmp_path: Path) -> None:

@@ -6,17 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
 from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers.masking_utils import find_packed_sequence_indices
 
 import inlay
 from inlay import AttachError, FastWeightConfig, MemoryNeverReadError, NonFiniteMemoryError
-from inlay.fastweight import FastWeightLinear, fast_weight_linear_reference
 from tests.closeness import assert_close, relative_error
 from tests.fastweight.families import (
     BY_NAME,
@@ -35,9 +32,6 @@ IDS = LLAMA.tokens(2, 22)
 def logits(model: nn.Module, ids: Tensor = IDS, **kwargs: Any) -> Tensor:
     with torch.no_grad():
         return LLAMA.logits(model, ids, **kwargs)
-
-
-# -- what is refused ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -234,9 +228,6 @@ def test_after_an_interrupted_forward_the_next_one_is_right(error: type[BaseExce
     assert [block._gradient_checkpointing_func for block in model.model.layers] == functions
 
 
-# -- what is trained ---------------------------------------------------------------------------------------------------
-
-
 MEMORY_NAMES = {f"model.layers.{i}.mlp.down_proj.target.{name}" for i in (0, 2) for name in ("conv", "projection")}
 
 
@@ -268,139 +259,6 @@ def test_train_only_refuses_what_it_does_not_know() -> None:
         memory.train_only("lora")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the model has no LoRA adapters"):
         memory.train_only("memory+lora")
-
-
-# -- PEFT --------------------------------------------------------------------------------------------------------------
-
-
-def lora(model: nn.Module, targets: Any = "all-linear", **options: Any) -> nn.Module:
-    """A PEFT model whose adapters already do something."""
-    config = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", **options)
-    torch.manual_seed(3)
-    wrapped = peft.get_peft_model(model, config)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.2)
-    return wrapped
-
-
-def both(order: str, targets: Any = "all-linear", **changes: Any) -> tuple[nn.Module, inlay.Memory]:
-    model = LLAMA.make()
-    if order == "lora first":
-        wrapped = lora(model, targets)
-        torch.manual_seed(5)
-        return wrapped, inlay.attach(wrapped, LLAMA.config(**changes))
-    torch.manual_seed(5)
-    memory = inlay.attach(model, LLAMA.config(**changes))
-    return lora(model, targets), memory
-
-
-both_orders = pytest.mark.parametrize("order", ["lora first", "memory first"])
-
-
-@both_orders
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]])
-@pytest.mark.parametrize("target", ["embeddings", "hidden"])
-def test_lora_and_a_fresh_memory_give_what_lora_alone_gives(order: str, targets: Any, target: str) -> None:
-    expected = logits(lora(LLAMA.make(), targets))
-    model, memory = both(order, targets, init="zero", target=target)
-    assert_close(logits(model), expected, 1e-6)
-    assert relative_error(logits(model), logits(LLAMA.make())) > 0.01
-    assert not any("target" in name and "lora" in name for name, _ in model.named_parameters())
-    with memory.disabled():
-        assert torch.equal(logits(model), expected)
-
-
-def test_the_order_of_lora_and_memory_does_not_matter() -> None:
-    one, _ = both("lora first")
-    two, _ = both("memory first")
-    assert set(one.state_dict()) == set(two.state_dict())
-    assert set(peft.get_peft_model_state_dict(one)) == set(peft.get_peft_model_state_dict(two))
-    assert torch.equal(logits(one), logits(two))
-
-
-@both_orders
-def test_memory_and_lora_are_trained_together_and_nothing_else(order: str) -> None:
-    model, memory = both(order)
-    memory.train_only("memory+lora")
-    names = set(trainable(model))
-    assert names == {n for n, _ in model.named_parameters() if "lora_" in n or ".target." in n}
-    assert any("down_proj.lora_A" in n for n in names)
-    assert not any("lora_" in name for name in memory.base_parameters())
-    model.train()
-    LLAMA.loss(model, IDS).backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
-
-
-@both_orders
-def test_base_parameters_have_the_names_of_the_plain_model(order: str) -> None:
-    _, memory = both(order)
-    assert set(memory.base_parameters()) == {name for name, _ in LLAMA.make().named_parameters()}
-
-
-@both_orders
-def test_detach_from_a_peft_model_leaves_lora_alone(order: str) -> None:
-    expected = logits(lora(LLAMA.make()))
-    model, memory = both(order)
-    keys = set(lora(LLAMA.make()).state_dict())
-    memory.detach()
-    assert set(model.state_dict()) == keys
-    assert not any(isinstance(module, FastWeightLinear) for module in model.modules())
-    assert torch.equal(logits(model), expected)
-
-
-@both_orders
-def test_peft_can_switch_its_adapters_off_beside_a_memory(order: str) -> None:
-    torch.manual_seed(5)
-    alone = LLAMA.make()
-    torch.manual_seed(5)
-    inlay.attach(alone, LLAMA.config())
-    model, _ = both(order)
-    with model.disable_adapter():
-        assert_close(logits(model), logits(alone), 1e-6)
-    assert relative_error(logits(model), logits(alone)) > 0.01
-
-
-@both_orders
-def test_lora_can_be_merged_below_a_memory(order: str) -> None:
-    model, memory = both(order)
-    expected = logits(model)
-    merged = model.merge_and_unload()
-    assert_close(logits(merged), expected, 1e-5)
-    memory.detach()
-    assert type(merged.model.layers[0].mlp.down_proj) is nn.Linear
-    assert_close(logits(merged), logits(lora(LLAMA.make()).merge_and_unload()), 1e-5)
-
-
-@both_orders
-def test_document_ids_pass_through_a_peft_model(order: str) -> None:
-    model, memory = both(order)
-    document_ids = torch.tensor([0] * 10 + [1] * 12).expand(2, -1)
-    out = logits(model, document_ids=document_ids)
-    assert relative_error(out, logits(model)) > 0.01
-    with memory.disabled():
-        logits(model, document_ids=document_ids)
-
-
-@both_orders
-def test_checkpointing_a_peft_model_gives_the_plain_gradients(order: str) -> None:
-    def gradients(checkpointing: bool) -> dict[str, Tensor]:
-        model, memory = both(order)
-        memory.train_only("memory+lora")
-        model.train()
-        if checkpointing:
-            model.enable_input_require_grads()
-            enable_checkpointing(model.get_base_model())
-        (LLAMA.loss(model, IDS) + LLAMA.loss(model, IDS.flip(1))).backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-    plain, checkpointed = gradients(False), gradients(True)
-    assert plain.keys() == checkpointed.keys()
-    for name, gradient in plain.items():
-        assert_close(checkpointed[name], gradient, 1e-6, name)
-
-
-# -- other tools -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it where the graph breaks
@@ -572,158 +430,3 @@ def test_importing_and_attaching_patch_nothing_outside_the_model() -> None:
     assert transformers.LlamaModel.forward is forward
     assert hook_counts(other) == hooks
     assert torch.equal(logits(other), logits(LLAMA.make()))
-
-
-# -- the layer against the equation ------------------------------------------------------------------------------------
-
-
-def targets_by_hand(x: Tensor, conv: Tensor, projection: Tensor, chunk_size: int, normalize: bool) -> Tensor:
-    """V of one document ``[T, D]``: taps, edges and projection written out."""
-    if normalize:
-        x = x / x.pow(2).mean(-1, keepdim=True).sqrt()
-    half = conv.shape[1] // 2
-    rows = []
-    for t in range(len(x)):
-        chunk = t // chunk_size
-        mixed = torch.zeros_like(x[0])
-        for tap in range(conv.shape[1]):
-            s = t + tap - half
-            if 0 <= s < len(x) and s // chunk_size == chunk:
-                mixed = mixed + conv[:, tap] * x[s]
-        rows.append(projection @ mixed)
-    return torch.stack(rows)
-
-
-def clipped_by_hand(z: Tensor, v: Tensor, chunk_size: int, limit: float) -> Tensor:
-    """V with every chunk's ‖Vᵀ Z‖ at most ``limit``."""
-    pieces = []
-    for zc, vc in zip(z.split(chunk_size), v.split(chunk_size), strict=True):
-        norm = (vc.T @ zc).norm()
-        pieces.append(vc * min(1.0, limit / float(norm)))
-    return torch.cat(pieces)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"target": "hidden"},
-        {"normalize_target": True, "conv_kernel": 3},
-        {"init": "next_token", "exposure": 0.5},
-        {"max_update_norm": 1.0},
-        {"max_update_ratio": 0.1, "conv_kernel": 7},
-        {"boundary": "carry"},
-        {"chunk_size": 1},
-        {"chunk_size": 21},
-    ],
-    ids=lambda changes: ",".join(changes) or "default",
-)
-@pytest.mark.parametrize("name", ["gpt-neox", "gpt2", "home-made"])  # exact in float64, unlike those with an RMSNorm
-def test_a_whole_forward_is_the_equation_written_by_hand(name: str, changes: dict[str, Any]) -> None:
-    family = BY_NAME[name]
-    model = family.make().double()
-    memory = inlay.attach(model, family.config(**changes)).train_only("all")
-    model.train()
-    documents = [9, 13]
-    document_ids = torch.tensor([[0] * 9 + [1] * 13, [5] * 22])
-    entering: list[Tensor] = []
-    records: dict[int, tuple[Tensor, Tensor]] = {}
-    mlp_inputs: dict[int, Tensor] = {}
-    blocks = model.get_submodule(family.blocks)
-    handles = [
-        blocks[0].register_forward_pre_hook(lambda m, a, k: entering.append((*a, *k.values())[0]), with_kwargs=True)
-    ]
-    for index, layer in memory.layers.items():
-
-        def note(module: nn.Module, args: Any, out: Tensor, index: int = index) -> None:
-            records[index] = (args[0].detach(), out.detach())
-
-        def note_input(module: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
-            mlp_inputs[index] = (*args, *kwargs.values())[0].detach()
-
-        mlp = blocks[index].get_submodule(family.projection.rpartition(".")[0])
-        handles += [layer.register_forward_hook(note), mlp.register_forward_pre_hook(note_input, with_kwargs=True)]
-    ids = family.tokens(2, 22)
-    ids[1] = family.tokens(2, 22, seed=3)[1]
-    family.logits(model, ids, document_ids=document_ids)
-    for handle in handles:
-        handle.remove()
-
-    config = memory.config
-    for index, layer in memory.layers.items():
-        z, out = records[index]
-        weight = layer.weight.detach().T if name == "gpt2" else layer.weight.detach()
-        bias = layer.bias.detach()
-        x = mlp_inputs[index] if config.target == "hidden" else entering[0].detach()
-        limit = config.max_update_norm
-        if config.max_update_ratio is not None:
-            limit = config.max_update_ratio * float(weight.norm())
-        for row, lengths in ((0, [22] if config.boundary == "carry" else documents), (1, [22])):
-            at = 0
-            for length in lengths:
-                span = slice(at, at + length)
-                v = targets_by_hand(
-                    x[row, span],
-                    layer.target.conv.detach(),
-                    layer.target.projection.detach(),
-                    config.chunk_size,
-                    config.normalize_target,
-                )
-                if limit is not None:
-                    assert any(
-                        (vc.T @ zc).norm() > limit for zc, vc in zip(z[row, span].split(4), v.split(4), strict=True)
-                    )
-                    v = clipped_by_hand(z[row, span], v, config.chunk_size, limit)
-                expected, _ = fast_weight_linear_reference(
-                    z[row : row + 1, span],
-                    v.unsqueeze(0),
-                    weight,
-                    eta=config.eta,
-                    chunk_size=config.chunk_size,
-                    exposure=config.exposure,
-                )
-                assert_close(out[row : row + 1, span], expected + bias, 1e-6, f"block {index}, row {row}, at {at}")
-                plain = z[row, span] @ weight.T + bias
-                if length > config.chunk_size:
-                    assert relative_error(out[row, span], plain) > 1e-3
-                at += length
-
-
-def test_normalized_targets_survive_an_embedding_that_is_zero() -> None:
-    model = LLAMA.make().train()
-    memory = inlay.attach(model, LLAMA.config(normalize_target=True)).train_only("all")
-    embedding = model.model.embed_tokens.weight
-    with torch.no_grad():
-        embedding[IDS[0, 3]] = 0
-    LLAMA.loss(model, IDS).backward()
-    memory.raise_if_not_finite()
-    assert torch.isfinite(embedding.grad).all()
-    assert embedding.grad.abs().max() < 1e3
-    assert all(torch.isfinite(p.grad).all() for p in memory.parameters())
-
-
-def test_documents_are_read_off_the_positions_as_transformers_reads_them() -> None:
-    """A position that does not follow the one before it starts a document, wherever it jumps to."""
-    rows = [[0, 1, 2, 3, 4, 5, 6, 7], [3, 4, 0, 1, 2, 0, 0, 1], [0, 1, 7, 8, 9, 3, 4, 5]]
-    positions = torch.tensor(rows)
-    model = LLAMA.make()
-    inlay.attach(model, LLAMA.config(chunk_size=1))
-    expected = find_packed_sequence_indices(positions)
-    ids = LLAMA.tokens(3, 8)
-    by_ids = logits(model, ids, position_ids=positions, document_ids=expected)
-    assert torch.equal(logits(model, ids, position_ids=positions), by_ids)
-    assert relative_error(logits(model, ids, position_ids=positions, document_ids=torch.zeros(3, 8)), by_ids) > 0.01
-
-
-def test_carry_reads_across_documents_and_reset_does_not() -> None:
-    document_ids = torch.tensor([0] * 10 + [1] * 12).expand(2, -1)
-    outputs = {}
-    for boundary in ("reset", "carry"):
-        model = LLAMA.make()
-        torch.manual_seed(5)
-        inlay.attach(model, LLAMA.config(boundary=boundary))
-        outputs[boundary] = logits(model, document_ids=document_ids)
-        outputs[f"{boundary}, one"] = logits(model)
-    assert torch.equal(outputs["carry"], outputs["carry, one"])
-    assert relative_error(outputs["reset"], outputs["reset, one"]) > 0.01
-    assert torch.equal(outputs["reset, one"], outputs["carry, one"])

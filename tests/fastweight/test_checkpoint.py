@@ -45,9 +45,6 @@ def names(directory: Path) -> set[str]:
     return set(safetensors.torch.load_file(directory / TENSORS))
 
 
-# -- there and back ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("mode", ["memory", "memory+layers", "all"])
 @pytest.mark.parametrize("family", MODELS, ids=lambda family: family.name)
 def test_the_round_trip_is_exact(family: Model, mode: str, tmp_path: Path) -> None:
@@ -133,9 +130,6 @@ def test_a_memory_saved_from_a_peft_model_fits_the_plain_one_and_the_other_way_r
     assert not any("lora" in name or "base_layer" in name for name in names(tmp_path))
     inlay.attach_pretrained(target, tmp_path)
     assert torch.equal(logits(target), logits(source.eval()))
-
-
-# -- what is refused ---------------------------------------------------------------------------------------------------
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], None]) -> None:

@@ -89,9 +89,6 @@ def test_a_fresh_zero_target_gets_a_finite_gradient_as_if_unclipped(limit: float
     assert torch.equal(dz, torch.zeros_like(dz))
 
 
-# -- in the model ------------------------------------------------------------------------------------------------------
-
-
 def operands_of(layer: FastWeightLinear, model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Z and the unclipped V of a layer in a forward of unpadded ``ids``."""
     seen: list[Tensor] = []

@@ -50,9 +50,6 @@ def train(family: Model, model: nn.Module, memory: inlay.Memory, steps: int = 3)
     model.eval()
 
 
-# -- a fresh memory ----------------------------------------------------------------------------------------------------
-
-
 @every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -74,9 +71,6 @@ def test_the_replaced_module_is_the_down_projection_alone(family: Model) -> None
     changed = {name for name, module in model.named_modules() if before.get(name) is not module}
     sites = {f"{family.blocks}.{i}.{family.projection}" for i in family.memory_blocks}
     assert {name for name in changed if not name.endswith((".target", ".statistics"))} == sites
-
-
-# -- training ----------------------------------------------------------------------------------------------------------
 
 
 @every_family
@@ -140,9 +134,6 @@ def test_no_forward_in_any_mode_changes_a_parameter(family: Model) -> None:
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-# -- taking it away ----------------------------------------------------------------------------------------------------
-
-
 @every_family
 def test_disabled_is_the_base_model_bit_for_bit(family: Model) -> None:
     model, ids = family.make(), family.tokens(2, TOKENS)
@@ -169,9 +160,6 @@ def test_detach_gives_the_very_model_back(family: Model, target: str) -> None:
     assert hook_counts(model) == hooks
     assert inlay.find_memory(model) is None
     assert torch.equal(family.logits(model, ids), base)
-
-
-# -- rows and documents ------------------------------------------------------------------------------------------------
 
 
 def alone(family: Model, model: nn.Module, ids: Tensor, memory: inlay.Memory) -> Tensor:
@@ -282,9 +270,6 @@ def test_a_token_of_another_document_never_reaches_the_memory(family: Model) -> 
     assert relative_error(separate[:, 12:], slow[:, 12:]) > 0.01
 
 
-# -- gradients ---------------------------------------------------------------------------------------------------------
-
-
 def two_forwards(
     family: Model,
     *,
@@ -369,9 +354,6 @@ def test_the_target_gives_the_embedding_a_gradient_of_its_own(name: str) -> None
     assert relative_error((embedding.grad * direction).sum(), finite) > 1e-3
 
 
-# -- causality ---------------------------------------------------------------------------------------------------------
-
-
 def change_of_logits(family: Model, model: nn.Module, token: int, length: int = TOKENS) -> Tensor:
     """Largest change of each position's logits ``[T]`` when ``token`` is another one."""
     ids = family.tokens(1, length)
@@ -403,9 +385,6 @@ def test_with_full_exposure_a_training_forward_reads_the_next_token(family: Mode
     inlay.attach(model, family.config(init="next_token", exposure=1.0))
     assert change_of_logits(family, model, token=10)[9] > 0
     assert change_of_logits(family, model.eval(), token=10)[:10].max() == 0
-
-
-# -- finding the projections -------------------------------------------------------------------------------------------
 
 
 def test_dense_blocks_of_a_mixture_of_experts_are_accepted_and_expert_blocks_refused() -> None:

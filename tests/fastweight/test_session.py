@@ -50,9 +50,6 @@ def saved(tmp_path: Path, **config: Any) -> tuple[PreTrainedModel, Memory, Path]
     return model, memory, path
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
 def test_forwards_in_a_session_go_on_with_its_memory_and_only_with_that() -> None:
     """What a call gives depends on the earlier ones through the sum: that of a whole forward with the same chunks."""
     model, memory = made()
@@ -100,9 +97,6 @@ def test_gradients_flow_through_a_session_until_it_is_detached() -> None:
     assert gradient.abs().max() > 0
     session.detach()
     session.step(ids[:, :1]).logits.sum().backward()
-
-
-# -- rows --------------------------------------------------------------------------------------------------------------
 
 
 def test_padding_is_not_counted_and_a_chunk_counts_when_it_is_written() -> None:
@@ -180,9 +174,6 @@ def test_rows_are_selected_and_copies_go_their_own_way() -> None:
     assert session.to("cpu").nbytes > branch.nbytes > 0
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
-
-
 def test_another_batch_size_is_refused_before_anything_is_read() -> None:
     _, memory = made()
     session = memory.session(2)
@@ -233,9 +224,6 @@ def test_after_an_error_in_a_forward_the_session_is_neither_continued_nor_saved(
     assert not list(tmp_path.iterdir())
     session.reset()
     assert torch.equal(read(session, tokens(1, 8)), read(memory.session(), tokens(1, 8)))
-
-
-# -- on disk -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -350,9 +338,6 @@ def test_every_cut_and_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
         damaged.write_bytes(content[:length])
         with pytest.raises(CheckpointError, match="no safetensors file, or one that is damaged or cut off"):
             memory.load_session(damaged)
-
-
-# -- a kill while saving -----------------------------------------------------------------------------------------------
 
 
 def save_forever(session: Session, path: Path, started: int) -> None:

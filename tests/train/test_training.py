@@ -152,6 +152,14 @@ def test_with_and_without_memory_start_from_the_same_weights(tmp_path: Path) -> 
     assert all(torch.equal(with_memory[name], without[name]) for name in without)
 
 
+def test_a_finished_run_can_be_resumed_for_more_steps(tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "run")
+    train(recipe(trainer={"max_steps": 9}), tmp_path / "run", resume=True)
+    steps = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert load_run(tmp_path / "run").recipe.trainer["max_steps"] == 9
+
+
 @pytest.mark.parametrize("mode", ["memory", "memory+layers", "all", "memory+lora"])
 def test_each_mode_trains_its_own_parameters_and_saves_them(tmp_path: Path, pretrained: Path, mode: str) -> None:
     sections: dict[str, Any] = {"model": {"name_or_path": str(pretrained)}, "mode": mode}

@@ -127,8 +127,6 @@ class Memory:
         self._hooks = ForwardHooks(model, decoder, sites, self.layers, config, holder, on_backward=self._note_trained)
         decoder.module.__dict__["inlay_memory"] = self
 
-    # -- use ---------------------------------------------------------------------------------------------------------
-
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Run the base model: within the block every memory layer is the original projection, bit for bit."""
@@ -188,8 +186,6 @@ class Memory:
         checkpoint.load_tensors(saved, self.layers, self.base_parameters())
         self.trained_base.update(saved.base_names)
 
-    # -- sessions ----------------------------------------------------------------------------------------------------
-
     def session(self, batch_size: int = 1) -> Session:
         """A new session: streaming without a KV cache, and conversations that outlive a process.
 
@@ -231,8 +227,6 @@ class Memory:
             raise ValueError(f"representation takes one of {get_args(Representation)}; got {value!r}")
         for layer in self.layers.values():
             layer.representation = value
-
-    # -- training ----------------------------------------------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The memory's own parameters, named ``"{block}.conv"`` and ``"{block}.projection"``."""

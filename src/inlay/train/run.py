@@ -100,6 +100,7 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, console: Con
 
     directory.mkdir(parents=True, exist_ok=True)
     (directory / RECIPE).write_text(dump_recipe(recipe))
+    (directory / DONE).unlink(missing_ok=True)
     arguments = TrainingArguments(
         output_dir=str(directory),
         seed=recipe.seed,
@@ -194,9 +195,10 @@ def _refuse_another_run(directory: Path, recipe: Recipe, resume: bool) -> None:
             raise RunError(
                 f"{directory} holds a run already. Go on with --resume, start another with name=…, or remove it"
             )
-        if load_recipe(path) != recipe:
+        if load_recipe(path).model_copy(update={"trainer": {}}) != recipe.model_copy(update={"trainer": {}}):
             raise RunError(
-                f"{directory} was trained with another recipe ({path}); resume with that one, or choose another name"
+                f"{directory} was trained with another recipe ({path}): only its trainer section may change when it is "
+                "resumed. Resume with that one, or choose another name"
             )
 
 

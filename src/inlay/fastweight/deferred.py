@@ -60,10 +60,12 @@ class Products:
         return torch.bmm(values.mT, keys).to(accumulator_dtype(self.z.dtype))
 
     def append(self, z: Tensor, v: Tensor) -> None:
-        """Commit ``z [B, C, F]`` and ``v [B, C, D]``, zero in rows that commit nothing. Room doubles when short."""
+        """Commit ``z [B, C, F]`` and ``v [B, C, D]``, zero in rows that commit nothing. Room doubles when short,
+        up to where the sum is cheaper."""
         needed = self.used + z.shape[1]
         if needed > self.z.shape[1]:
-            room = max(needed, 2 * self.z.shape[1]) - self.z.shape[1]
+            most = break_even(self.v.shape[-1], self.z.shape[-1])
+            room = max(needed, min(2 * self.z.shape[1], most)) - self.z.shape[1]
             self.z, self.v = F.pad(self.z, (0, 0, 0, room)), F.pad(self.v, (0, 0, 0, room))
         self.z[:, self.used : needed] = z
         self.v[:, self.used : needed] = v

@@ -316,7 +316,11 @@ def test_a_chat_answers_and_obeys(run: Run, tmp_path: Path) -> None:
     assert max(map(len, (shown + again).splitlines())) <= 80 + len(str(path))
 
 
-def test_ctrl_c_interrupts_the_answer_and_the_conversation_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_interrupts_the_answer_and_the_conversation_goes_on(
+    request: pytest.FixtureRequest, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a process of the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     conversation, choose, calls = Conversation(run), Sampling.choose, 0
 
     def pressed(self: Sampling, logits: torch.Tensor, generator: torch.Generator) -> int:

@@ -73,6 +73,10 @@ class ForwardHooks:
                 hook = functools.partial(capture_mlp_input, layers[site.index])
                 self._handles.append(site.mlp.register_forward_pre_hook(hook, with_kwargs=True))
 
+    def configure(self, config: FastWeightConfig) -> None:
+        """Follow another configuration from the next forward on."""
+        self._config = config
+
     def remove(self) -> None:
         """Take every hook off."""
         for handle in self._handles:

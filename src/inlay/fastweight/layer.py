@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from inlay.fastweight.chunks import ChunkLayout
 from inlay.fastweight.clip import clip_targets, update_norms
 from inlay.fastweight.config import FastWeightConfig
 from inlay.fastweight.context import ContextHolder, ForwardContext, first_tensor
@@ -53,6 +55,27 @@ class Statistics(nn.Module):
             counter.zero_()
 
 
+@dataclass(frozen=True)
+class Observation:
+    """What one layer did in one forward, detached.
+
+    Attributes:
+        z_packed: ``[B, T', F]`` inputs of the down projection in chunk order (zero in empty slots).
+        v_packed: ``[B, T', D]`` targets in chunk order, clipped if clipping is on.
+        scale: ``[B, N]`` what clipping multiplied each chunk's targets with; None without clipping.
+        layout: Which slot is which token, where sums are emptied, which chunks are complete.
+        z: ``[B, T, F]`` the inputs as they came.
+        output: ``[B, T, D]`` the layer's output.
+    """
+
+    z_packed: Tensor
+    v_packed: Tensor
+    scale: Tensor | None
+    layout: ChunkLayout
+    z: Tensor
+    output: Tensor
+
+
 class FastWeightLinear(nn.Linear):
     """A down projection whose weight grows with what it has read.
 
@@ -65,6 +88,8 @@ class FastWeightLinear(nn.Linear):
         index: The block it belongs to.
         target: Convolution and projection of the target.
         statistics: What the layer counts on its device while it runs.
+        observer: Called with the :class:`Observation` of each forward while it is set (the doctor's), outside autograd;
+            not for decode steps, nor when checkpointing runs a forward again.
         representation: How its state holds what is committed: the ``dense`` sum, ``deferred`` products, or (``auto``)
             products until the sum is cheaper. Read when a state begins.
     """
@@ -88,6 +113,13 @@ class FastWeightLinear(nn.Linear):
         self.mlp_input: Tensor | None = None
         self.representation: Representation = "auto"
         self.statistics = Statistics(weight.device)
+        self.observer: Callable[[Observation], None] | None = None
+
+    def configure(self, config: FastWeightConfig) -> None:
+        """Run by another configuration, on the same parameters."""
+        self.config = config
+        self.target.chunk_size = config.chunk_size
+        self.target.normalize = config.normalize_target
 
     def train(self, mode: bool = True) -> FastWeightLinear:
         """Set training mode, of the original module too."""
@@ -166,7 +198,12 @@ class FastWeightLinear(nn.Linear):
             after.log(norms, torch.where(chunks, 1.0 if scale is None else scale.detach(), 0.0), emptied)
         if self.training:
             self.statistics.nonfinite |= ~torch.isfinite(out.detach()).all()
-        return out.to(dtype)
+        out = out.to(dtype)
+        if self.observer is not None and not context.recomputing:
+            with torch.no_grad():
+                seen = None if scale is None else scale.detach()
+                self.observer(Observation(z_packed.detach(), v.detach(), seen, layout, z.detach(), out.detach()))
+        return out
 
     def _state(self, z: Tensor, context: ForwardContext) -> FastWeightState | None:
         """What this layer has read before; None if nothing, or in a stateless forward."""

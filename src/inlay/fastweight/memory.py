@@ -25,6 +25,7 @@ from inlay.fastweight.session import Session, load_session
 from inlay.fastweight.streaming import MemoryState
 
 TrainMode = Literal["memory", "memory+layers", "memory+lora", "all"]
+_RUNNING = ("eta", "chunk_size", "boundary", "exposure", "max_update_norm", "max_update_ratio", "normalize_target")
 
 
 def attach(model: nn.Module, config: FastWeightConfig) -> Memory:
@@ -126,6 +127,34 @@ class Memory:
             self.layers[site.index] = layer
         self._hooks = ForwardHooks(model, decoder, sites, self.layers, config, holder, on_backward=self._note_trained)
         decoder.module.__dict__["inlay_memory"] = self
+
+    @contextmanager
+    def using(self, **changes: Any) -> Iterator[FastWeightConfig]:
+        """Run with other settings for a while, on the same parameters; states of before must not go on within it.
+
+        Args:
+            changes: Fields of :class:`FastWeightConfig` that say how the memory runs: ``eta``, ``chunk_size``,
+                ``boundary``, ``exposure``, ``max_update_norm``, ``max_update_ratio``, ``normalize_target``.
+
+        Raises:
+            ValueError: Another field (how the memory is built), or a value that it cannot have.
+        """
+        unknown = sorted(changes.keys() - set(_RUNNING))
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: fixed when a memory is built; only {', '.join(_RUNNING)} can change")
+        before = self.config
+        after = FastWeightConfig.model_validate(before.model_dump() | changes)
+        try:
+            self._configure(after)
+            yield after
+        finally:
+            self._configure(before)
+
+    def _configure(self, config: FastWeightConfig) -> None:
+        self.config = config
+        self._hooks.configure(config)
+        for layer in self.layers.values():
+            layer.configure(config)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

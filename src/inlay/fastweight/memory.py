@@ -141,7 +141,7 @@ class Memory:
         """
         unknown = sorted(changes.keys() - set(_RUNNING))
         if unknown:
-            fields = ', '.join(_RUNNING)
+            fields = ", ".join(_RUNNING)
             raise ValueError(f"{', '.join(unknown)}: fixed when a memory is built; only {fields} can change")
         before = self.config
         after = FastWeightConfig.model_validate(before.model_dump() | changes)

@@ -140,6 +140,24 @@ def test_after_a_reset_logits_are_those_of_a_fresh_session_bit_for_bit(dtype: to
         assert session.tokens_read.tolist() == [20, 20]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("representation", ["auto", "dense", "deferred"])
+def test_a_row_that_is_reset_beside_others_is_a_row_that_has_read_nothing_bit_for_bit(
+    dtype: torch.dtype, representation: str
+) -> None:
+    """The fresh row saw nothing but padding while its neighbour read, so both are cut into chunks at the same places."""
+    _, memory = made(dtype, representation)
+    ids, other = tokens(2, 20), tokens(2, 13, seed=1)
+    session, fresh = memory.session(2), memory.session(2)
+    read(session, other, 9, 1, 3)
+    session.reset([0])
+    with torch.no_grad():
+        for piece in other.split([9, 1, 3], dim=1):
+            fresh.step(piece, attention_mask=torch.tensor([[0], [1]]).expand_as(piece))
+    assert torch.equal(read(session, ids, 7, 1, 12)[0], read(fresh, ids, 7, 1, 12)[0])
+    assert session.tokens_read.tolist() == fresh.tokens_read.tolist() == [20, 33]
+
+
 @pytest.mark.parametrize("representation", ["dense", "deferred"])
 def test_a_row_that_is_reset_keeps_nothing_and_leaves_the_other_rows_alone(representation: str) -> None:
     """Bit for bit the same whatever the row had read before; and to rounding what a fresh row gives."""

@@ -115,9 +115,8 @@ class Session:
         """Forget what some rows, or all, have read.
 
         Args:
-            rows: Indices, or a ``[B]`` bool mask; None: all. With all of them gone the session is as new, bit for
-                bit. A row beside others that go on holds nothing of its past either, and gives what a fresh row gives
-                to rounding: the batch as a whole is not cut into chunks at the same places.
+            rows: Indices, or a ``[B]`` bool mask; None: all. What they give then is, bit for bit, what rows of this
+                session would give that had read nothing.
 
         Raises:
             IndexError: A row that the session does not have.

@@ -145,7 +145,7 @@ def test_after_a_reset_logits_are_those_of_a_fresh_session_bit_for_bit(dtype: to
 def test_a_row_that_is_reset_beside_others_is_a_row_that_has_read_nothing_bit_for_bit(
     dtype: torch.dtype, representation: str
 ) -> None:
-    """The fresh row saw nothing but padding while its neighbour read, so both are cut into chunks at the same places."""
+    """The fresh row saw only padding while its neighbour read, so that both batches have the same chunk grid."""
     _, memory = made(dtype, representation)
     ids, other = tokens(2, 20), tokens(2, 13, seed=1)
     session, fresh = memory.session(2), memory.session(2)

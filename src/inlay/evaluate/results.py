@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from inlay.evaluate.recall import RecallAccuracy
 from inlay.evaluate.scoring import EvaluationError
 from inlay.evaluate.window import GrowingContext
 from inlay.report import Section, Series, Table, accuracy_by_distance, line_plot, loss_by_position
-from inlay.report.document import replace_atomically
+from inlay.report.jsonfile import plain, write_json
 from inlay.report.numbers import MINUS, MISSING
 
 Result: TypeAlias = PositionLoss | GrowingContext | RecallAccuracy
@@ -87,13 +86,12 @@ class Evaluation:
             }
         if self.recalls:
             content["recall"] = {"variants": {name: recall.to_json() for name, recall in self.recalls.items()}}
-        plain: dict[str, Any] = _plain(content)
-        return plain
+        plainly: dict[str, Any] = plain(content)
+        return plainly
 
     def write(self, path: str | Path) -> Path:
         """Write :meth:`to_json` to ``path``, whole or not at all; its folder is made if missing."""
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-        return replace_atomically(Path(path), (text + "\n").encode())
+        return write_json(self.to_json(), path)
 
     def tables(self) -> list[rich.table.Table]:
         """One table for each kind of measurement, for the terminal."""
@@ -232,14 +230,3 @@ def _gain(gain: Interval) -> str:
         return MISSING
     spread = f" ± {gain.half:.3f}" if math.isfinite(gain.half) else ""
     return f"{gain.mean:+.3f}".replace("-", MINUS) + spread
-
-
-def _plain(value: Any) -> Any:
-    """``value`` with None for every number that JSON cannot hold."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -15,14 +15,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import decode, operation
+from benchmarks import decode, monitor, operation
 from benchmarks.entry import Benchmark, Entry
 from inlay.report.document import replace_atomically
 
 BUSY = 0.75
 """An idle machine gives the operation's entry about nine tenths of its threads' time."""
 
-ENTRIES: dict[str, Benchmark] = {"operation": operation.run, "decode": decode.run}
+ENTRIES: dict[str, Benchmark] = {"operation": operation.run, "decode": decode.run, "monitor": monitor.run}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

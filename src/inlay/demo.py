@@ -29,7 +29,8 @@ from inlay.evaluate import NO_MEMORY, Evaluation, difference, evaluate_model
 from inlay.fastweight import InlayError
 from inlay.report import Code, Headline, Report, Section, save_png, training_curves, write_report
 from inlay.report import loss_by_position as plot_loss_by_position
-from inlay.train import load_recipe, load_run, provenance, read_metrics, training_curve
+from inlay.report.provenance import provenance
+from inlay.train import load_recipe, load_run, read_metrics, training_curve
 from inlay.train.run import METRICS, RECIPE
 
 WITH = "memory"

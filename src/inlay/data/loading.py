@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -46,6 +46,14 @@ class Data:
 
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]]
     """Stacks rows into a batch, `[B, T]` each."""
+
+    def sample(self, rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """A batch of at most `rows` training sequences drawn at random (of a stream: its first ones), `[B, T]` each."""
+        if isinstance(self.train, PackedStream):
+            return self.collate(list(islice(self.train, rows)))
+        size, items = len(self.train), cast(Any, self.train)
+        indices = np.random.default_rng(seed).choice(size, min(rows, size), replace=False, shuffle=False)
+        return self.collate([items[int(index)] for index in indices])
 
 
 class PackedStream(IterableDataset[dict[str, Any]]):

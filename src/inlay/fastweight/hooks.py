@@ -76,6 +76,7 @@ class ForwardHooks:
     def configure(self, config: FastWeightConfig) -> None:
         """Follow another configuration from the next forward on."""
         self._config = config
+        self._warned = False
 
     def remove(self) -> None:
         """Take every hook off."""

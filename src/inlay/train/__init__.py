@@ -1,12 +1,14 @@
 """Training: recipes, the Trainer, and runs on disk."""
 
+from inlay.train.monitor import MemoryMonitor
 from inlay.train.recipe import Recipe, RecipeError, dump_recipe, load_recipe, parse_recipe
-from inlay.train.report import provenance, training_curve, write_run_report
+from inlay.train.report import training_curve, write_run_report
 from inlay.train.run import Run, RunError, build_model, load_run, train
 from inlay.train.trainer import InlayTrainer, MetricsFile, read_metrics
 
 __all__ = [
     "InlayTrainer",
+    "MemoryMonitor",
     "MetricsFile",
     "Recipe",
     "RecipeError",
@@ -17,7 +19,6 @@ __all__ = [
     "load_recipe",
     "load_run",
     "parse_recipe",
-    "provenance",
     "read_metrics",
     "train",
     "training_curve",

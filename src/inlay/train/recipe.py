@@ -91,6 +91,16 @@ class EvaluateSection(_Section):
     """Tokens of context before the block, ascending; doubling from one block when not given."""
 
 
+class DoctorSection(_Section):
+    """What ``inlay doctor`` holds the recipe against."""
+
+    budget_gb: float | None = Field(default=None, gt=0)
+    """Memory that a training step may take, in GB (10⁹ bytes); the machine's own when not given."""
+
+    frame_rate: float | None = Field(default=None, gt=0)
+    """Frames per second, where tokens are frames of audio (Moshi: 12.5), so that lengths are told in seconds too."""
+
+
 class Recipe(_Section):
     """One training run."""
 
@@ -114,6 +124,7 @@ class Recipe(_Section):
     """Arguments of transformers' ``TrainingArguments`` by their own names."""
 
     evaluate: EvaluateSection = EvaluateSection()
+    doctor: DoctorSection = DoctorSection()
 
     @field_validator("trainer")
     @classmethod

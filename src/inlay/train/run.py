@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
@@ -29,7 +31,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from inlay.data import Data, PackingStatistics, PretrainedTokenizer, RecallConfig, TextConfig, load_data
+from inlay.doctor.attribution import attribute_gradients
 from inlay.fastweight import InlayError, Memory, attach, attach_pretrained
+from inlay.train.monitor import MemoryMonitor
 from inlay.train.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from inlay.train.trainer import InlayTrainer, MetricsFile, ProgressBar
 from inlay.train.weights import ADAPTER, MEMORY, MODEL, save_base
@@ -112,6 +116,7 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, console: Con
     trainer = InlayTrainer(
         memory=memory,
         memory_learning_rate=recipe.memory_learning_rate,
+        monitor=None if memory is None else _monitor(memory, model, data, recipe, console),
         model=model,
         args=arguments,
         train_dataset=data.train,
@@ -215,6 +220,25 @@ def _refuse_unreadable(recipe: Recipe, data: Data, memory: Memory | None) -> Non
     carry = memory.config.boundary == "carry"
     longest = statistics.sequence_length if carry else int(statistics.piece_tokens.max())
     memory.check_lengths([longest])
+
+
+def _monitor(
+    memory: Memory, model: PreTrainedModel | PeftModel, data: Data, recipe: Recipe, console: Console
+) -> MemoryMonitor:
+    """Warns on the console, or in the log where there is none, and says why as the doctor does."""
+
+    def diagnose() -> str:
+        rows = int(recipe.trainer.get("per_device_train_batch_size", 8))
+        return attribute_gradients(memory, model, data.sample(rows, recipe.seed)).sentence
+
+    if console.quiet:
+        return MemoryMonitor(memory, diagnose=diagnose)
+
+    def alarm(text: str) -> None:
+        title = "[bold]The memory does not learn[/]"
+        console.print(Panel(escape(text), title=title, title_align="left", border_style="red"))
+
+    return MemoryMonitor(memory, diagnose=diagnose, alarm=alarm)
 
 
 def _data_table(data: Data, recipe: Recipe) -> Table:

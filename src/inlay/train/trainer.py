@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ProgressCallback
 
 from inlay.fastweight import Memory
+from inlay.train.monitor import PREFIX, MemoryMonitor
 from inlay.train.weights import load_weights, save_weights
 
 
@@ -26,15 +27,26 @@ class InlayTrainer(Trainer):
     Args:
         memory: The memory attached to ``model``; None for a plain model.
         memory_learning_rate: For the memory's own parameters; None for ``args.learning_rate``.
+        monitor: What it measures of the memory goes into the logs; None for nothing.
         kwargs: As ``transformers.Trainer`` takes them.
     """
 
-    def __init__(self, *, memory: Memory | None, memory_learning_rate: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        memory: Memory | None,
+        memory_learning_rate: float | None = None,
+        monitor: MemoryMonitor | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.memory = memory
         self.memory_learning_rate = memory_learning_rate
+        self.monitor = monitor
         super().__init__(**kwargs)
         if memory is not None:
             self.add_callback(FiniteMemory(memory))
+        if monitor is not None:
+            self.add_callback(monitor)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss; document ids go to the memory, if there is one."""
@@ -42,6 +54,22 @@ class InlayTrainer(Trainer):
         if self.memory is None:
             inputs.pop("document_ids", None)
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one microbatch, under the eyes of the monitor."""
+        if self.monitor is None:
+            return super().training_step(*args, **kwargs)
+        with self.monitor.observing():
+            loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self.monitor.note_gradients(self.accelerator.scaler)
+        return loss
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """The Trainer's log, with what the monitor measured of the step."""
+        if self.monitor is not None:
+            logs.update(self.monitor.collect(self.args, self.state))
+        super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with the memory's parameters in groups of their own."""
@@ -130,9 +158,10 @@ class ProgressBar(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show loss and learning rate."""
+        """Show loss, learning rate and how much the memory says."""
         if state.is_world_process_zero and self.training_bar is not None and logs:
-            shown = {k: f"{v:.4g}" for k, v in logs.items() if k in ("loss", "eval_loss", "grad_norm", "learning_rate")}
+            names = ("loss", "eval_loss", "grad_norm", "learning_rate", PREFIX + "output_share")
+            shown = {name: f"{logs[name]:.4g}" for name in names if name in logs}
             self.training_bar.set_postfix(shown)
 
 

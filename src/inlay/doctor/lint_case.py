@@ -1,0 +1,108 @@
+"""A recipe under examination: what is known of its model, data and trainer without loading the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, TrainingArguments
+
+from inlay.data import Data, TextConfig
+from inlay.fastweight import FastWeightConfig
+
+if TYPE_CHECKING:  # the trainer's callbacks import the doctor
+    from inlay.train import Recipe
+
+_TYPICAL_STD = 0.02
+"""Standard deviation of the weights of a model that does not tell its own (``initializer_range``)."""
+
+
+class NotChecked(Exception):  # noqa: N818, it is no error
+    """A check could not be made; the message says why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe under examination, with what is known about it.
+
+    Attributes:
+        recipe: The recipe.
+        data: Its data, if they are loaded.
+    """
+
+    recipe: Recipe
+    data: Data | None
+
+    @property
+    def memory(self) -> FastWeightConfig:
+        """The memory's configuration. Raises :class:`NotChecked` if the recipe has none."""
+        if self.recipe.memory is None:
+            raise NotChecked("not checked: the recipe has no memory")
+        return self.recipe.memory
+
+    @property
+    def text(self) -> TextConfig:
+        """The data's configuration. Raises :class:`NotChecked` for data that are generated."""
+        if not isinstance(self.recipe.data, TextConfig):
+            raise NotChecked("not checked: these data are generated")
+        return self.recipe.data
+
+    @cached_property
+    def architecture(self) -> Any:
+        """The model's transformers configuration. Raises :class:`NotChecked` if it cannot be had."""
+        section = self.recipe.model
+        try:
+            if section.config is not None:
+                config = AutoConfig.for_model(**section.config)
+            else:  # never runs code that comes with a model, nor asks whether it may
+                config = AutoConfig.from_pretrained(section.name_or_path, trust_remote_code=False)
+        except Exception as error:  # from transformers' own to the network's
+            reason = str(error).strip().partition("\n")[0]
+            raise NotChecked(f"not checked: the model's configuration cannot be read ({reason})") from error
+        return config
+
+    def size(self, name: str) -> int:
+        """A size of the decoder. Raises :class:`NotChecked` if its configuration does not tell."""
+        value = getattr(self.architecture.get_text_config(), name, None)
+        if not isinstance(value, int):
+            raise NotChecked(f"not checked: the model's configuration has no {name}")
+        return value
+
+    @property
+    def weight_std(self) -> float:
+        """Standard deviation of the base weights, by the model's own account or a typical one."""
+        try:
+            return float(self.architecture.get_text_config().initializer_range or _TYPICAL_STD)
+        except (NotChecked, AttributeError):
+            return _TYPICAL_STD
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype of the base weights; ``auto`` is the one they are stored in."""
+        name: Any = self.recipe.model.dtype
+        if name == "auto":
+            name = "float32" if self.recipe.model.config is not None else getattr(self.architecture, "dtype", None)
+        return name if isinstance(name, torch.dtype) else getattr(torch, str(name or "float32"))
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """Dtype that the layers' outputs are rounded to while training."""
+        for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            if self.recipe.trainer.get(key):
+                return dtype
+        return self.weight_dtype
+
+    @property
+    def adam(self) -> bool:
+        """Whether the optimizer is one of the Adam family (transformers' default), whose steps have a known size."""
+        return str(self.recipe.trainer.get("optim", "adamw")).startswith("adam")
+
+    def number(self, key: str) -> float:
+        """A number of the trainer section, with transformers' default. What is no number is the Trainer's to refuse."""
+        default = float(getattr(TrainingArguments, key))
+        try:
+            return float(self.recipe.trainer.get(key, default))
+        except (TypeError, ValueError):
+            return default

@@ -1,0 +1,202 @@
+"""Answers: generated back as they were learnt, alone or in a batch, from embeddings or from keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from inlay.softtoken.errors import LayoutError
+from inlay.softtoken.layout import PromptLayout
+from inlay.softtoken.tokens import SoftTokens, embed_text
+from tests.closeness import assert_close
+from tests.softtoken.local import byte_level, gpt2, llama, words
+
+ANSWER = "10 11 12 13 14 15 16"
+WIDTH = 32
+
+
+def mistral(vocabulary: int, seed: int = 0) -> nn.Module:
+    """A decoder whose attention sees 6 positions back."""
+    torch.manual_seed(seed)
+    config = transformers.MistralConfig(
+        vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, sliding_window=6, initializer_range=0.3,
+    )  # fmt: skip
+    return transformers.MistralForCausalLM(config).eval()
+
+
+DECODERS = pytest.mark.parametrize("decoder", [llama, gpt2, mistral])
+
+
+def slots(lengths: list[int], seed: int = 0) -> SoftTokens:
+    torch.manual_seed(seed)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
+    return SoftTokens(torch.randn(len(lengths), max(lengths), WIDTH) * 0.3, mask)
+
+
+def overfit(model: nn.Module, inputs: Callable[[], dict[str, Any]], steps: int = 50) -> float:
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        loss = model(**inputs()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_overfitted_answer_comes_back_whole_and_ends(chat: bool) -> None:
+    layout = PromptLayout(question="{question} ", chat=chat, answer_tokens=20).bind(words())
+    model, memory = llama(len(words()), spread=0.02), slots([3, 1])
+    questions, answers = ["Who ?", "Who lives in Paris ?"], [ANSWER, "Ada"]
+    assert overfit(model, lambda: layout.training(model, memory, questions, answers).inputs()) < 0.01
+    assert layout.answer(model, memory, questions) == answers
+
+    batch = layout.generation(model, memory, questions)
+    new = model.generate(**batch.inputs(), do_sample=False)  # type: ignore[operator]
+    assert new.shape[1] == 8 < batch.max_new_tokens  # new tokens alone, and the end after seven of them
+    assert new[0].tolist() == layout.answer_ids(ANSWER)
+
+
+def test_the_same_answer_with_labels_shifted_by_hand_comes_back_with_every_second_token_missing() -> None:
+    """Seed 003's training: labels shifted once by hand, once more in the model's loss; no end, no anchor."""
+    model, memory = llama(len(words()), spread=0.02), slots([3])
+    table: Callable[[Tensor], Tensor] = model.get_input_embeddings()  # type: ignore[operator]
+    ids = torch.tensor([[0, *words()(ANSWER)["input_ids"]]])  # the answer with its own BOS
+
+    def inputs() -> dict[str, Any]:
+        assert memory.embeddings is not None
+        inputs_embeds = torch.cat([memory.embeddings, table(ids[:, :-1])], dim=1)
+        labels = torch.full(inputs_embeds.shape[:2], -100)
+        labels[:, 3:] = ids[:, 1:]
+        return {"inputs_embeds": inputs_embeds, "labels": labels}
+
+    assert overfit(model, inputs) < 0.01
+    bare = PromptLayout(question=None, anchor="", eos=False, answer_tokens=4).bind(words())
+    assert bare.answer(model, memory, None) == ["10 12 14 16"]
+
+
+def greedy(model: nn.Module, embeds: Tensor, steps: int) -> list[int]:
+    """Greedy decoding of one row, written out: the whole row read anew for each token, without cache or padding."""
+    table: Callable[[Tensor], Tensor] = model.get_input_embeddings()  # type: ignore[operator]
+    ids: list[int] = []
+    for _ in range(steps):
+        best = model(inputs_embeds=embeds, use_cache=False).logits[:, -1].argmax(-1)
+        ids.append(int(best))
+        embeds = torch.cat([embeds, table(best).unsqueeze(1)], dim=1)
+    return ids
+
+
+@DECODERS
+@torch.no_grad()
+def test_a_batch_of_ragged_rows_generates_what_each_row_does_alone(decoder: Callable[..., nn.Module]) -> None:
+    tokenizer = byte_level()
+    model = decoder(len(tokenizer))
+    table: Callable[[Tensor], Tensor] = model.get_input_embeddings()  # type: ignore[operator]
+    memory = slots([4, 0, 9, 1])
+    questions = ["Who?", "Who lives in Paris, and what is the capital of Austria?", "What?", "Who is Bob?"]
+    layout = PromptLayout(bos=True, bos_after=True, question="{question}\n", answer_tokens=6).bind(tokenizer)
+    batch = layout.generation(model, memory, questions)
+    together = model.generate(**batch.inputs() | {"eos_token_id": [-1]}, do_sample=False)  # type: ignore[operator]
+    texts = layout.answer(model, memory, questions)
+    for row, question in enumerate(questions):
+        alone = memory.row(row)
+        assert alone.embeddings is not None
+        prompt = layout.prompt(question)
+        before, after = (table(torch.tensor([ids])) for ids in (prompt.before, prompt.after))
+        expected = greedy(model, torch.cat([before, alone.embeddings, after], dim=1), steps=6)
+        assert together[row].tolist() == expected
+        assert texts[row] == layout.decode(expected)
+        assert layout.answer(model, alone, [question]) == [texts[row]]
+
+
+def run_over(model: nn.Module, memory: SoftTokens) -> SoftTokens:
+    """The keys and values that the model leaves behind when it reads each row's slots, alone."""
+    rows = []
+    for index in range(memory.rows):
+        row = memory.row(index)
+        if row.slots == 0:
+            # No forward takes an empty row: of a row of one slot, none.
+            cache = model(inputs_embeds=torch.zeros(1, 1, WIDTH), use_cache=True).past_key_values
+            empty = tuple((layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in cache.layers)
+            rows.append(SoftTokens(None, row.mask, empty))
+            continue
+        full = transformers.DynamicCache()  # every position, also where the model keeps a window only
+        cache = model(inputs_embeds=row.embeddings, past_key_values=full).past_key_values
+        rows.append(SoftTokens(None, row.mask, tuple((layer.keys, layer.values) for layer in cache.layers)))
+    return SoftTokens.cat(rows)
+
+
+@DECODERS
+@torch.no_grad()
+def test_keys_and_values_of_the_slots_answer_as_their_embeddings_do(decoder: Callable[..., nn.Module]) -> None:
+    tokenizer = byte_level()
+    model = decoder(len(tokenizer))
+    memory = slots([4, 0, 9, 1])
+    cached = run_over(model, memory)
+    questions = ["Who?", "Who lives in Paris, and what is the capital of Austria?", "What?", "Who is Bob?"]
+    answers = ["Ada", "Ada Lovelace, and Vienna", "Bob", "a"]
+    layout = PromptLayout(bos_after=True, question="{question}\n", answer_tokens=6).bind(tokenizer)
+    texts, keys = (layout.training(model, form, questions, answers) for form in (memory, cached))
+    logits, cached_logits = (model(**batch.inputs()).logits[batch.scored_mask] for batch in (texts, keys))
+    assert torch.equal(keys.labels[keys.answer_mask], texts.labels[texts.answer_mask])
+    assert_close(cached_logits, logits, 1e-5, "logits of the answers")
+    expected = layout.answer(model, memory, questions)
+    for row in range(4):
+        assert layout.answer(model, cached.row(row), questions[row : row + 1]) == expected[row : row + 1]
+    assert layout.answer(model, cached, questions[:1] * 4) == layout.answer(model, memory, questions[:1] * 4)
+    if decoder is mistral:  # padding between a row's slots and its prompt would count as places of its window
+        with pytest.raises(LayoutError, match=r"slides over 6, .* answer prompts of one length together"):
+            layout.answer(model, cached, questions)
+    else:
+        assert layout.answer(model, cached, questions) == expected
+
+
+@torch.no_grad()
+def test_plain_text_in_the_layout_is_the_text_itself() -> None:
+    tokenizer = byte_level()
+    model = llama(len(tokenizer))
+    context = tokenizer("Ada Lovelace lives in Paris.", return_tensors="pt")
+    layout = PromptLayout(answer_tokens=8).bind(tokenizer)
+    memory = embed_text(model, context["input_ids"], context["attention_mask"])
+    text = "Ada Lovelace lives in Paris.\nQuestion: Who?\nAnswer:"
+    plain = tokenizer(text, return_tensors="pt")
+    new = model.generate(  # type: ignore[operator]
+        **{key: plain[key] for key in ("input_ids", "attention_mask")}, max_new_tokens=8, do_sample=False,
+        eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    assert layout.answer(model, memory, ["Who?"]) == [layout.decode(new[0, plain["input_ids"].shape[1] :].tolist())]
+
+
+@torch.no_grad()
+def test_answers_are_greedy_and_in_eval_mode_whatever_the_model_came_with() -> None:
+    tokenizer = byte_level()
+    model, memory = llama(len(tokenizer)), slots([4, 2])
+    layout = PromptLayout(answer_tokens=6).bind(tokenizer)
+    expected = layout.answer(model, memory, ["Who?"] * 2)
+    settings: dict[str, Any] = {"do_sample": True, "temperature": 5.0, "top_p": 0.5, "repetition_penalty": 3.0}
+    model.generation_config.update(**settings)  # type: ignore[operator, union-attr]
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.9
+    model.train()
+    model.lm_head.eval()  # type: ignore[union-attr]
+    assert layout.answer(model, memory, ["Who?"] * 2) == expected
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert [name for name, training in modes.items() if not training] == ["lm_head"]
+    assert layout.answer(model, memory, ["Who?"] * 2, max_new_tokens=1) != expected
+
+
+def test_an_answer_is_read_up_to_the_first_stop_id() -> None:
+    layout = PromptLayout(chat=True).bind(byte_level())
+    end_of_turn, eos = layout.stop_ids
+    ada, bob = (layout.answer_ids(text)[:-1] for text in ("Ada Lovelace", "Bob"))
+    for stop in (end_of_turn, eos):
+        assert layout.decode([*ada, stop, *bob]) == "Ada Lovelace"
+    assert layout.decode(ada + bob) == "Ada Lovelace Bob"
+    assert layout.decode([eos, *bob]) == ""

@@ -8,15 +8,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from inlay import __version__
+from inlay import __version__, cli_compress, cli_plan
 
 app = typer.Typer(
     help="A fixed-size memory for long context, inlaid into a pretrained transformer.", no_args_is_help=True
 )
+app.add_typer(cli_compress.app, name="compress")
+app.add_typer(cli_plan.app, name="plan")
 console = Console()
 errors = Console(stderr=True)
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. trainer.max_steps=100")]
 Runs = Annotated[Path, typer.Option(help="Where runs are kept.")]
 RunPath = Annotated[Path, typer.Argument(help="A finished run's directory.", show_default=False)]
 SessionPath = Annotated[
@@ -43,7 +46,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 def train(
     recipe: RecipePath,
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. trainer.max_steps=100")] = None,
+    overrides: Overrides = None,
     runs: Runs = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
 ) -> None:
@@ -72,6 +75,38 @@ def evaluate(
         console.print(table)
     console.print(f"figures: {figures}")
     console.print(f"report: {write_run_report(run, evaluation.sections())}")
+
+
+@app.command()
+def doctor(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the report goes; runs/doctor/NAME when not given.", metavar="DIR")
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Memory of the device in GB; this machine's when not given.", min=0.0, show_default=False),
+    ] = None,
+) -> None:
+    """Say before training why a memory will learn or not, and what fits.
+
+    Loads the recipe's model and one batch of its data, measures, and writes
+    report.html and diagnosis.json. Exit code 0: healthy, 1: warnings, 2: it
+    will not learn.
+    """
+    from inlay.doctor.recipes import examine_recipe
+    from inlay.train import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    with console.status("") as status:
+        diagnosis = examine_recipe(
+            loaded, source=recipe, budget_gb=budget, progress=lambda name: status.update(f"examining: {name}")
+        )
+    diagnosis.print(console)
+    figures, report = diagnosis.write(output or Path("runs") / "doctor" / loaded.name)
+    console.print(f"figures: {figures}\nreport: {report}")
+    raise typer.Exit(diagnosis.exit_code)
 
 
 @app.command()

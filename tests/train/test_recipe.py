@@ -100,6 +100,9 @@ def test_a_recipe_survives_the_round_trip(tmp_path: Path) -> None:
     assert load_recipe(path) == recipe
 
 
-@pytest.mark.parametrize("path", sorted(Path("src/inlay/recipes").glob("*.yaml")), ids=lambda p: p.stem)
+COME_ALONG = [path for path in sorted(Path("src/inlay/recipes").glob("*.yaml")) if "\nmodel:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", COME_ALONG, ids=lambda p: p.stem)
 def test_the_recipes_that_come_along_are_valid(path: Path) -> None:
     assert load_recipe(path).name == path.stem

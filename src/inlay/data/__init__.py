@@ -1,4 +1,5 @@
-"""Data: documents read, tokenised and packed so that each token knows its document, and generated recall."""
+"""Data: documents read, tokenised and packed so that each token knows its document; generated recall; questions
+about contexts, read or generated."""
 
 from inlay.data.config import (
     BpeTokenizer,
@@ -9,9 +10,14 @@ from inlay.data.config import (
     TextConfig,
     TokenizerConfig,
 )
+from inlay.data.facts import FactsDataset, facts_context, facts_tokenizer
 from inlay.data.loading import Data, PackedStream, load_data
 from inlay.data.packing import collate, pack_documents
 from inlay.data.problems import DataError
+from inlay.data.qa import QAData, load_qa
+from inlay.data.qa_config import DatasetQAConfig, FactsConfig, JsonlConfig, QAConfig, SquadConfig
+from inlay.data.qa_sources import QAExample
+from inlay.data.qa_statistics import QAStatistics, TokenLengths, qa_statistics
 from inlay.data.recall import RecallDataset
 from inlay.data.sources import Document
 from inlay.data.statistics import DataStatistics, MemoryStatistics, PackingStatistics
@@ -24,17 +30,31 @@ __all__ = [
     "DataConfig",
     "DataError",
     "DataStatistics",
+    "DatasetQAConfig",
     "Document",
+    "FactsConfig",
+    "FactsDataset",
+    "JsonlConfig",
     "MemoryStatistics",
     "PackedStream",
     "PackingStatistics",
     "PretrainedTokenizer",
+    "QAConfig",
+    "QAData",
+    "QAExample",
+    "QAStatistics",
     "RecallConfig",
     "RecallDataset",
+    "SquadConfig",
     "TextConfig",
+    "TokenLengths",
     "TokenizerConfig",
     "collate",
+    "facts_context",
+    "facts_tokenizer",
     "load_data",
+    "load_qa",
     "load_tokenizer",
     "pack_documents",
+    "qa_statistics",
 ]

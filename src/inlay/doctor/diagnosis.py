@@ -23,6 +23,7 @@ VERDICTS = {
     Severity.WARNING: "it can learn, with warnings",
     Severity.FATAL: "it will not learn",
 }
+_SUBTITLE = "Why its memory learns or does not."
 _COLORS = {Severity.HEALTHY: "green", Severity.WARNING: "yellow", Severity.FATAL: "red"}
 _MARKS = {Severity.HEALTHY: "good", Severity.WARNING: "neutral", Severity.FATAL: "bad"}
 
@@ -46,9 +47,9 @@ class Diagnosis:
 
     @property
     def findings(self) -> list[Finding]:
-        """Of all examinations, the worst first."""
+        """Of all examinations, the worst first, and what was measured before what was only read off the recipe."""
         found = [finding for examination in self.examinations.values() for finding in examination.findings()]
-        return sorted(found, key=lambda finding: -finding.severity)
+        return sorted(found, key=lambda finding: (-finding.severity, finding.code.startswith("lint.")))
 
     @property
     def severity(self) -> Severity:
@@ -100,7 +101,7 @@ class Diagnosis:
         if self.skipped:
             rows = [[name, why] for name, why in self.skipped.items()]
             sections.append(Section("Not examined", items=[Table(["examination", "why"], rows)]))
-        return Report(f"Doctor: {self.subject}", self.sentence, summary, sections, self.provenance)
+        return Report(f"Doctor: {self.subject}", _SUBTITLE, summary, sections, self.provenance)
 
     def print(self, console: Console) -> None:
         """Everything but the plots, the findings last, where a terminal is read."""

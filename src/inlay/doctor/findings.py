@@ -26,8 +26,8 @@ class Finding:
     Attributes:
         code: Stable name for programs, ``room.what``: ``gradient.clip``, ``reach.too_short``.
         severity: How bad.
-        says: One sentence with the measured figures.
-        fix: One sentence: what to change, with the recipe's key and a value. Empty where nothing is to be done.
+        says: The measured figures in a clause, as in an error message: no capital, no full stop.
+        fix: What to change, likewise, with the recipe's key and a value. Empty where nothing is to be done.
     """
 
     code: str

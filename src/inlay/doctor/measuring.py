@@ -2,7 +2,7 @@
 
 A memory's part of the output is linear in η. With S_i = Σ_{j<i} Δ_j, all that one pass has to say about the scale of a
 layer is therefore in three numbers for each chunk: the power of what the base gives, that of Z_i S_iᵀ (the memory at
-η = 1), and their product. :class:`Trace` holds them by the number k of updates in the sum that a chunk reads, which is
+η = 1), and their product. `LayerTrace` holds them by the number k of updates in the sum that a chunk reads, which is
 where it stands in its document, whatever the packing. S is one ``[B, D, F]`` buffer, walked once.
 """
 
@@ -116,7 +116,7 @@ def on_device_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 @dataclass(frozen=True)
-class Trace:
+class LayerTrace:
     """What one layer and its memory gave in one forward, by the number k = 0 … K of updates that a chunk reads.
 
     Attributes:
@@ -125,7 +125,8 @@ class Trace:
         cross_power: Mean product with the memory's entry at η = 1.
         fast_power: Mean square of the memory's entry at η = 1.
         sum_norm: ‖S‖ (Frobenius, without η), RMS over the rows.
-        update_norms: ‖Δ‖ of every complete chunk.
+        update_norm: ‖Δ‖ of the complete chunks that read k updates, RMS; as many as there are.
+        smallest_update: The least ‖Δ‖ of any complete chunk; NaN without one.
         echo_power: Mean square of an entry of ‖z_t‖² v_t: what one token, read once, gives back at η = 1 to its own z.
         target_rms: RMS of an entry of V.
         common_mode: ‖mean Z‖² / mean ‖Z‖²; 0 where Z is zero.
@@ -137,7 +138,8 @@ class Trace:
     cross_power: tuple[float, ...]
     fast_power: tuple[float, ...]
     sum_norm: tuple[float, ...]
-    update_norms: tuple[float, ...]
+    update_norm: tuple[float, ...]
+    smallest_update: float
     echo_power: float
     target_rms: float
     common_mode: float
@@ -167,7 +169,7 @@ def _share(base: float, cross: float, fast: float, eta: float) -> float:
     return eta * math.sqrt(fast / total) if fast > 0 and total > 0 else 0.0
 
 
-def trace(seen: Observation, eta: float) -> Trace:
+def trace_layer(seen: Observation, eta: float) -> LayerTrace:
     """Walk the chunks of one observed forward, which ran at step size ``eta``."""
     layout = seen.layout
     size, rows, width = layout.chunk_size, seen.v_packed.shape[0], seen.v_packed.shape[-1]
@@ -194,20 +196,23 @@ def trace(seen: Observation, eta: float) -> Trace:
         total.baddbmm_((v * written[:, n].view(-1, 1, 1)).mT, z)
 
     sums = torch.stack(columns, 1)  # [B, N, 7]
+    norms = update_norms(seen.z_packed, seen.v_packed, size)
     used = tokens > 0
-    counted = torch.cat([sums[..., :4], tokens.unsqueeze(-1), torch.ones_like(tokens).unsqueeze(-1)], -1)
-    by_reads = sums.new_zeros(int((reads * used).max()) + 1, 6)
-    by_reads.index_add_(0, reads[used], counted[used])
-    base, cross, fast, norm, count, chunks = by_reads.T.cpu()
+    more = [tokens, torch.ones_like(tokens), norms.double().pow(2) * written, written]
+    by_chunk = torch.cat([sums[..., :4], torch.stack(more, -1)], -1)
+    by_reads = sums.new_zeros(int((reads * used).max()) + 1, 8)
+    by_reads.index_add_(0, reads[used], by_chunk[used])
+    base, cross, fast, norm, count, chunks, update, complete = by_reads.T.cpu()
     z_power, v_power, echo = sums[..., 4:].sum((0, 1)).tolist()
     real = max(1, int(tokens.sum()))
-    return Trace(
+    return LayerTrace(
         tokens=tuple(count.int().tolist()),
         base_power=tuple((base / count / width).tolist()),
         cross_power=tuple((cross / count / width).tolist()),
         fast_power=tuple((fast / count / width).tolist()),
         sum_norm=tuple((norm / chunks).sqrt().tolist()),
-        update_norms=tuple(update_norms(seen.z_packed, seen.v_packed, size)[written].tolist()),
+        update_norm=tuple((update / complete).sqrt()[complete > 0].tolist()),
+        smallest_update=float(norms[written].min()) if bool(written.any()) else math.nan,
         echo_power=echo / real / width,
         target_rms=math.sqrt(v_power / real / width),
         common_mode=float(_power(z_sum)) / (real * z_power) if z_power else 0.0,
@@ -217,7 +222,7 @@ def trace(seen: Observation, eta: float) -> Trace:
 
 def _power(x: Tensor) -> Tensor:
     """Sum of squares; by row where there are rows."""
-    return x.pow(2).sum((1, 2)) if x.dim() == 3 else x.pow(2).sum()
+    return torch.linalg.vector_norm(x, dim=(1, 2) if x.dim() == 3 else None).square()
 
 
 def chunk_table(layout: ChunkLayout, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

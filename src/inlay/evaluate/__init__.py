@@ -1,5 +1,11 @@
-"""Evaluation: what the memory buys, by position, by length of context and by distance of the fact."""
+"""Evaluation: what the memory buys, by position, by length of context and by distance of the fact; what soft tokens
+keep of a context, beside every cheap way to spend as many slots."""
 
+from inlay.evaluate.collapse import examine_collapse
+from inlay.evaluate.collapse_results import Collapse
+from inlay.evaluate.compress import evaluate_compression
+from inlay.evaluate.compress_results import CompressEvaluation
+from inlay.evaluate.compress_scores import MethodScores
 from inlay.evaluate.intervals import Interval, paired_interval
 from inlay.evaluate.position import (
     Buckets,
@@ -19,17 +25,22 @@ from inlay.evaluate.window import GrowingContext, growing_context
 __all__ = [
     "NO_MEMORY",
     "Buckets",
+    "Collapse",
+    "CompressEvaluation",
     "Evaluation",
     "EvaluationError",
     "GrowingContext",
     "Interval",
     "LossDifference",
+    "MethodScores",
     "PositionLoss",
     "RecallAccuracy",
     "compare_memory",
     "difference",
+    "evaluate_compression",
     "evaluate_model",
     "evaluating",
+    "examine_collapse",
     "growing_context",
     "loss_by_position",
     "paired_interval",

@@ -86,8 +86,7 @@ class Evaluation:
             }
         if self.recalls:
             content["recall"] = {"variants": {name: recall.to_json() for name, recall in self.recalls.items()}}
-        plainly: dict[str, Any] = plain(content)
-        return plainly
+        return plain(content)
 
     def write(self, path: str | Path) -> Path:
         """Write :meth:`to_json` to ``path``, whole or not at all; its folder is made if missing."""

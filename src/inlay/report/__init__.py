@@ -13,6 +13,7 @@ from inlay.report.document import (
     render_report,
     write_report,
 )
+from inlay.report.heatmap import heatmap
 from inlay.report.plots import (
     accuracy_by_distance,
     bars,
@@ -35,6 +36,7 @@ __all__ = [
     "Text",
     "accuracy_by_distance",
     "bars",
+    "heatmap",
     "line_plot",
     "loss_by_position",
     "render_report",

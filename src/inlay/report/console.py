@@ -1,13 +1,13 @@
-"""The same sections in the terminal: tables as rich tables, text as text, plots left to the HTML report."""
+"""The same sections in the terminal: tables as rich tables, plots left to the HTML report."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
-from rich.text import Text as RichText
 
 from inlay.report.document import Code, Section, Table, Text
 
@@ -15,22 +15,29 @@ _MARKS = {"good": "[green]✓[/] ", "bad": "[red]✗[/] ", "neutral": "  "}
 
 
 def print_section(console: Console, section: Section) -> None:
-    """Print ``section`` to ``console``; markup of the texts is left as it is written, figures are not drawn."""
+    """Print ``section`` to ``console``, without its figures."""
     console.print(f"\n[bold]{escape(section.title)}[/]")
     if section.text:
-        console.print(RichText(section.text))
+        console.print(styled(section.text), highlight=False)
     for item in section.items:
         if isinstance(item, Table):
             console.print(rich_table(item))
         elif isinstance(item, Text):
-            console.print(RichText(item.body, style="yellow" if item.tone == "warning" else ""))
+            console.print(styled(item.body), style="yellow" if item.tone == "warning" else "", highlight=False)
         elif isinstance(item, Code):
             console.print(escape(item.body), highlight=False)
 
 
+def styled(text: str) -> str:
+    """The inline markup of a report's texts (``**bold**``, `` `code` ``, links) as rich's."""
+    text = re.sub(r"\[([^\[\]]+)\]\((https?://[^)]+)\)", r"\1 (\2)", text)
+    text = re.sub(r"\*\*(.+?)\*\*", r"[bold]\1[/]", escape(text))
+    return re.sub(r"`([^`]+)`", r"[cyan]\1[/]", text)
+
+
 def rich_table(table: Table) -> RichTable:
     """A report's table for the terminal, with the same cells."""
-    shown = RichTable(title=table.caption or None, title_justify="left", title_style="")
+    shown = RichTable(title=styled(table.caption) or None, title_justify="left", title_style="")
     for heading, align in zip(table.columns, table.alignments, strict=True):
         shown.add_column(escape(heading), justify=align)
     verdicts: Sequence[str | None] = table.verdicts or [None] * len(table.rows)

@@ -128,7 +128,7 @@ class BoundLayout(Wording):
             generate_kwargs: Passed on to transformers' ``generate``, over what the layout and greedy decoding say.
         """
         batch = self.generation(model, memory, questions)
-        with _evaluating(model):
+        with evaluating(model):
             ids = model.generate(**batch.inputs() | _GREEDY | generate_kwargs)
         return [self.decode(row) for row in ids.tolist()]
 
@@ -197,7 +197,7 @@ def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> 
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode within the block; afterwards each module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()

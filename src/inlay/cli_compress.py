@@ -1,0 +1,177 @@
+"""``inlay compress``: a compressor trained, evaluated, and put to use on documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+app = typer.Typer(help="A long context as a few soft tokens before a frozen language model.", no_args_is_help=True)
+console = Console()
+errors = Console(stderr=True)
+
+RunPath = Annotated[
+    Path, typer.Argument(help="A finished compression run's directory.", metavar="RUN", show_default=False)
+]
+Runs = Annotated[Path, typer.Option(help="Where runs are kept.")]
+BatchSize = Annotated[int, typer.Option(help="How many at a time.", min=1)]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A compression recipe in YAML.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. trainer.max_steps=100")] = None,
+    runs: Runs = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+) -> None:
+    """Train the compressor of a recipe; everything about the run lands in RUNS/NAME."""
+    from inlay.train.compress import train_compressor
+    from inlay.train.compress_recipe import load_compress_recipe
+    from inlay.train.compress_report import write_compress_report
+
+    loaded = load_compress_recipe(recipe, overrides or ())
+    directory = runs / loaded.name
+    train_compressor(loaded, directory, resume=resume, console=console)
+    console.print(f"report: {write_compress_report(directory)}")
+
+
+@app.command()
+def evaluate(directory: RunPath) -> None:
+    """Answer a run's held-out questions from soft tokens and from every baseline, and look for collapse."""
+    from inlay.data import load_qa
+    from inlay.evaluate import evaluate_compression, examine_collapse
+    from inlay.evaluate.compress_methods import budgets_of
+    from inlay.report.console import print_section
+    from inlay.report.jsonfile import write_json
+    from inlay.train.compress import load_compress_run
+    from inlay.train.compress_report import write_compress_report
+
+    run = load_compress_run(directory)
+    recipe, asked = run.recipe, run.recipe.evaluate
+    questions = load_qa(recipe.data).eval[: asked.examples]
+    subject = (run.model, run.compressor, run.layout, questions)
+    with _progress("answering") as progress:
+        evaluation = evaluate_compression(
+            *subject,
+            ratios=asked.ratios,
+            context_tokens=recipe.context_tokens,
+            batch_size=asked.batch_size,
+            seed=recipe.seed,
+            progress=progress,
+        )
+    with _progress("looking for collapse") as progress:
+        collapses = [
+            examine_collapse(
+                *subject,
+                ratio=budget.ratio,
+                context_tokens=recipe.context_tokens,
+                batch_size=asked.batch_size,
+                seed=recipe.seed,
+                progress=progress,
+            )
+            for budget in budgets_of(run.compressor.config, asked.ratios)
+        ]
+    sections = [*evaluation.sections(), *(collapse.section() for collapse in collapses)]
+    for section in sections:
+        print_section(console, section)
+    content = evaluation.to_json() | {"collapse": [collapse.to_json() for collapse in collapses]}
+    console.print(f"figures: {write_json(content, directory / 'evaluation.json')}")
+    console.print(f"report: {write_compress_report(directory, sections)}")
+
+
+@app.command()
+def encode(
+    directory: RunPath,
+    documents: Annotated[
+        str,
+        typer.Argument(metavar="DOCS", help="Text files or JSON lines: a file, folder or glob.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The store's own folder.", show_default=False)],
+    ratio: Annotated[
+        int | None, typer.Option(help="Tokens per soft token; the run's when not given.", min=1, show_default=False)
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(help="Soft tokens per document, in place of a ratio.", min=1, show_default=False)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a store that is there, and leave out what it holds.")
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Likewise, and encode anew the documents that have changed.")
+    ] = False,
+    batch_size: BatchSize = 8,
+    text_field: Annotated[str, typer.Option(help="Key of the text in JSON lines.")] = "text",
+    id_field: Annotated[str, typer.Option(help="Key of the id in JSON lines; without it, file and line.")] = "id",
+) -> None:
+    """Write documents into soft tokens and keep them in a store.
+
+    A document is called by its path within DOCS, a line by its id. A call that
+    was stopped, by whatever, goes on with --resume.
+    """
+    from inlay.softtoken.document_files import read_documents
+    from inlay.softtoken.documents import encode_documents
+    from inlay.train.compress import load_compress_run
+
+    texts = read_documents(documents, text_field=text_field, id_field=id_field)
+    run = load_compress_run(directory)
+    with _progress("encoding") as progress:
+        report = encode_documents(
+            run,
+            texts,
+            out,
+            ratio=ratio,
+            slots=slots,
+            batch_size=batch_size,
+            resume=resume,
+            replace=replace,
+            progress=progress,
+        )
+    console.print(str(report), highlight=False)
+
+
+@app.command()
+def answer(
+    directory: RunPath,
+    path: Annotated[
+        Path, typer.Argument(metavar="STORE", help="What inlay compress encode wrote.", show_default=False)
+    ],
+    questions: Annotated[
+        list[str], typer.Option("--question", help="Asked of the document; may be given again.", show_default=False)
+    ],
+    document: Annotated[
+        str | None, typer.Option("--doc", help="Its id; not needed where there is one.", show_default=False)
+    ] = None,
+    batch_size: BatchSize = 8,
+) -> None:
+    """Answer questions about a stored document, one answer a line."""
+    from inlay.softtoken.documents import answer
+    from inlay.softtoken.store import SoftTokenStore
+    from inlay.terminal import printable
+    from inlay.train.compress import load_compress_run
+
+    store = SoftTokenStore.open(path)
+    name = store.only_document() if document is None else store.find(document).id
+    run = load_compress_run(directory)
+    for text in answer(run, store, [(name, question) for question in questions], batch_size=batch_size):
+        console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def demo(runs: Runs = Path("runs")) -> None:
+    """Train a small decoder and a compressor for it, and set its answers beside full and cut text, in one report."""
+    from inlay.compress_demo import run_compress_demo
+
+    run_compress_demo(runs / "compress-demo", console)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is gone when all is done."""
+    with Progress(console=errors, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

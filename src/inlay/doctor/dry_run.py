@@ -1,0 +1,289 @@
+"""One training step without memory or time: the model itself runs, on tensors that have shapes but no numbers.
+
+What is built is what the run would build (the architecture from its config, LoRA adapters, the memory, the optimizer),
+and what runs is what transformers' ``Trainer`` runs: forward, backward, clipping, optimizer step. The step is one in
+the middle of a run: the optimizer has its states already, gradients are made anew.
+
+It runs as on the CPU, also when a step on CUDA is asked for: no CUDA is needed to plan for one. Where CUDA's kernels
+need more, ``_hidden_on_cuda`` adds it.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from accelerate.utils.operations import convert_to_fp32
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from inlay.doctor.plan_allocations import Allocations, Moment, Scope
+from inlay.fastweight import FastWeightConfig, InlayError, TrainMode, attach
+from inlay.fastweight.layer import FastWeightLinear
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Optimizer = Literal["adamw", "adamw_torch", "sgd"]
+
+_ALIGNED = 128
+"""CUDA's flash attention rounds lengths up to so many tokens."""
+
+_CHUNKS = 4
+"""Chunks that a dry run walks: the first, the last, and some between."""
+
+
+class PlanError(InlayError, RuntimeError):
+    """A step that cannot be planned; the message says why."""
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A training step, as the recipe's sections say it.
+
+    Attributes:
+        tokens: Tokens per row T.
+        batch_size: Rows B.
+        dtype: Of the base weights. The memory's own parameters are float32.
+        autocast: What products are computed in under mixed precision (``bf16: true``); None without.
+        mode: What is trained.
+        gradient_checkpointing: Keep only what enters each block, and run it again in the backward.
+        lora: Fields of PEFT's ``LoraConfig``, for ``memory+lora``.
+        optimizer: ``adamw`` (fused, transformers' default), ``adamw_torch`` (not fused) or ``sgd``.
+        accumulate: Gradients of earlier micro-batches are there already (``gradient_accumulation_steps`` above 1).
+        document_tokens: Rows are packed with documents of so many tokens; None: one document fills a row.
+        padded: A row of the batch ends in padding.
+        device: Whose kernels run.
+    """
+
+    tokens: int
+    batch_size: int = 1
+    dtype: Dtype = "bfloat16"
+    autocast: Literal["bfloat16", "float16"] | None = None
+    mode: TrainMode = "memory"
+    gradient_checkpointing: bool = False
+    lora: Mapping[str, Any] | None = None
+    optimizer: Optimizer = "adamw"
+    accumulate: bool = False
+    document_tokens: int | None = None
+    padded: bool = False
+    device: Literal["cuda", "cpu"] = "cuda"
+
+    @property
+    def computes_in(self) -> Dtype:
+        """Dtype of the products."""
+        return self.autocast or self.dtype
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A dry run.
+
+    Attributes:
+        peak: The moment at which most is held.
+        shapes: (D, F) of each memory layer.
+    """
+
+    peak: Moment
+    shapes: tuple[tuple[int, int], ...]
+
+
+def dry_run(
+    model: PreTrainedModel | PreTrainedConfig, memory: FastWeightConfig, step: TrainingStep, *, plain: bool = False
+) -> Trace:
+    """Run ``step`` on tensors without numbers.
+
+    Args:
+        model: Its architecture is what counts; a live model is not touched.
+        memory: The memory.
+        step: What to run.
+        plain: Leave the memory out: the same parameters of the base are trained. In mode ``memory`` nothing is, but the
+            backward runs as far down as it would for the memory.
+
+    Raises:
+        PlanError: The model's forward needs numbers that a dry run does not have (which expert a token is routed to), or
+            other inputs than tokens.
+        AttachError: The memory does not fit the model.
+    """
+    hidden = functools.partial(_hidden_on_cuda if step.device == "cuda" else _hidden_on_cpu, step)
+    allocations = Allocations(hidden)
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")  # of sequences shorter than a chunk, of deprecated names: told elsewhere
+        base, wrapped = _architecture(model, step)
+        with FakeTensorMode(allow_non_fake_inputs=True), allocations:
+            try:
+                with allocations.booked_as("weights"):
+                    wrapped.to_empty(device="cpu")
+                    base.tie_weights()
+                    shapes = _attach(wrapped, memory, step, plain, allocations)
+                _run(wrapped, step, allocations)
+            except RuntimeError as error:
+                name = type(base).__name__
+                raise PlanError(f"a step of {name} cannot be run without numbers, so not be planned: {error}") from error
+    assert allocations.peak is not None
+    return Trace(allocations.peak, shapes)
+
+
+def _architecture(source: PreTrainedModel | PreTrainedConfig, step: TrainingStep) -> tuple[PreTrainedModel, nn.Module]:
+    """The base model on the meta device, and the same with LoRA adapters if the step has them."""
+    dtype = getattr(torch, step.dtype)
+    base: PreTrainedModel
+    with torch.device("meta"):
+        if isinstance(source, PreTrainedModel):
+            base = type(source)._from_config(source.config, dtype=dtype)
+        else:
+            base = AutoModelForCausalLM.from_config(source, dtype=dtype)
+        base.train()
+        if step.gradient_checkpointing:
+            getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
+        if step.lora is None:
+            return base, base
+        return base, get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **step.lora))
+
+
+def _attach(
+    model: nn.Module, config: FastWeightConfig, step: TrainingStep, plain: bool, allocations: Allocations
+) -> tuple[tuple[int, int], ...]:
+    """Attach the memory and watch the parts of the model; (D, F) of each memory layer."""
+    memory = attach(model, config).train_only(step.mode)
+    layers = dict(memory.layers)
+    for index, block in enumerate(memory.decoder.blocks):
+        allocations.watch(block, Scope(index, "blocks"))
+        for name, part in block.named_children():
+            if "attn" in name or "attention" in name:
+                allocations.watch(part, Scope(index, "attention"))
+    if plain:
+        memory.detach()
+    for index, layer in layers.items():
+        if plain:
+            memory.decoder.site(index).projection.register_forward_hook(_require_gradient)
+        else:
+            layer.register_forward_pre_hook(_shorten)
+            allocations.watch(layer, Scope(index, "memory"))
+    return tuple((layer.out_features, layer.in_features) for layer in layers.values())
+
+
+def _run(model: nn.Module, step: TrainingStep, allocations: Allocations) -> None:
+    """The step, after the update of the step before it."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def note(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        allocations.book([parameter.grad], "gradients")
+
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+    batch = _batch(step)
+    optimizer = _optimizer(trained, step)
+
+    def update() -> None:
+        allocations.phase = "optimizer"
+        with allocations.booked_as("optimizer"):
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            if optimizer is not None:
+                optimizer.step()
+
+    with allocations.booked_as("gradients"):  # of the step before, which made the optimizer's states
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+    update()
+    if not step.accumulate:
+        model.zero_grad()
+
+    allocations.peak = None
+    allocations.phase = "forward"
+    loss = _loss(model, batch, step)
+    allocations.phase = "backward"
+    loss.backward()  # type: ignore[no-untyped-call]
+    del loss
+    update()
+
+
+def _shorten(layer: FastWeightLinear, args: tuple[Tensor]) -> None:
+    """Let the scan walk a few chunks only: each needs the same memory, and none is kept."""
+    context, (z,) = layer.holder.current, args
+    if context is None or layer.config.max_update_norm is not None or layer.config.max_update_ratio is not None:
+        return  # clipping counts the chunks
+    layout = context.layout(z, layer.config.chunk_size)
+    if layout.chunks > _CHUNKS:
+        kept = [*range(_CHUNKS - 1), layout.chunks - 1]
+        context._layouts[z.shape[0], z.shape[1], layout.chunk_size] = replace(
+            layout,
+            chunks=_CHUNKS,
+            resets=tuple(layout.resets[n] for n in kept),
+            writes=tuple(layout.writes[n] for n in kept),
+        )
+
+
+def _require_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output if output.requires_grad else output.requires_grad_()
+
+
+def _batch(step: TrainingStep) -> dict[str, Tensor]:
+    """What :func:`inlay.data.collate` gives: documents of one length, or one per row, with or without padding."""
+    place = torch.arange(step.tokens).repeat(step.batch_size, 1)
+    documents = place // (step.document_tokens or step.tokens)
+    batch = {
+        "input_ids": torch.zeros_like(place),
+        "labels": torch.zeros_like(place),
+        "document_ids": documents,
+        "position_ids": place % (step.document_tokens or step.tokens),
+        "attention_mask": torch.ones_like(place),
+    }
+    if step.padded:
+        for name, value in {"labels": -100, "document_ids": -1, "position_ids": 0, "attention_mask": 0}.items():
+            batch[name][:, -1] = value
+    if bool((documents > 0).any()):
+        del batch["attention_mask"]
+    return batch
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Tensor], step: TrainingStep) -> Tensor:
+    """As ``Trainer`` and accelerate compute it; nothing else of the model's output outlives the call."""
+    if step.autocast is None:
+        return model(**batch, use_cache=False).loss
+    with torch.autocast("cpu", dtype=getattr(torch, step.autocast)):
+        output = model(**batch, use_cache=False)
+    return convert_to_fp32(output).loss
+
+
+def _optimizer(parameters: list[nn.Parameter], step: TrainingStep) -> torch.optim.Optimizer | None:
+    if not parameters:
+        return None
+    if step.optimizer == "sgd":
+        return torch.optim.SGD(parameters)
+    return torch.optim.AdamW(parameters, fused=True)  # the other forms read their step counts
+
+
+def _hidden_on_cpu(step: TrainingStep, operator: Any, args: tuple[Any, ...], scope: Scope) -> int:
+    """Bytes that the CPU's kernels need beyond their results."""
+    if torch.Tag.pointwise in operator.tags and len(args) > 1 and isinstance(args[1], Tensor):
+        common = torch.result_type(args[0], args[1])  # operands of another dtype are copied to it as a whole
+        return sum(tensor.numel() * common.itemsize for tensor in args[:2] if tensor.dim() and tensor.dtype != common)
+    if operator is torch.ops.aten._fused_adamw_.default and step.optimizer == "adamw_torch":
+        return max(second.nbytes for second in args[3])  # the root of one parameter's second moment at a time
+    return 0
+
+
+def _hidden_on_cuda(step: TrainingStep, operator: Any, args: tuple[Any, ...], scope: Scope) -> int:
+    """Bytes that CUDA's kernels need beyond their results, or that the memory's code makes on CUDA alone."""
+    half = step.computes_in != "float32"
+    if operator is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        query = args[1]
+        rows, heads, tokens, width = query.shape
+        aligned = rows * heads * _round_up(tokens, _ALIGNED)
+        return 4 * aligned * (1 + (_round_up(width, 32) if half else 0))  # Σ dO∘O, and dQ summed in float32
+    if operator is torch.ops.aten.baddbmm_.default and scope.kind == "memory" and step.computes_in == "bfloat16":
+        target, _, right = args[:3]  # the scan multiplies in bfloat16 and adds the product in float32
+        return 2 * (target.numel() + right.numel())
+    if operator is torch.ops.aten._fused_adamw_.default and step.optimizer == "adamw_torch":
+        return sum(second.nbytes for second in args[3])  # "foreach": the roots of all second moments at once
+    return 0
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,277 @@
+"""One compression run: from a recipe to a directory that holds everything about it.
+
+runs/NAME/
+  recipe.yaml         the recipe as it ran, overrides included
+  metrics.jsonl       what the Trainer logged, one line per log
+  tensorboard/        the same for TensorBoard
+  checkpoint-N/       to resume from
+  pretraining/        the same of the stage before, with what it had trained by its end
+  model/              the decoder, where it was trained here
+  tokenizer/
+  compressor/         what was trained, with cues.safetensors and decoder_adapter/ as far as the recipe has them
+  report.html
+  finished
+
+The decoder and its tokenizer are written first, so that a run that was cut off goes on with the very same ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers.pytorch_utils import Conv1D
+
+from inlay.data import DataError, QAData, load_qa
+from inlay.softtoken.compressors import Compressor, build_compressor, load_compressor
+from inlay.softtoken.objectives import Objective
+from inlay.softtoken.prompting import BoundLayout
+from inlay.train.compress_data import ByContext, ContextCollator
+from inlay.train.compress_recipe import CompressRecipe, load_compress_recipe
+from inlay.train.compress_trainer import (
+    COMPRESSOR,
+    DECODER_ADAPTER,
+    PRETRAINING,
+    CompressionTask,
+    CompressTrainer,
+    Stage,
+    TrainingError,
+    stages,
+)
+from inlay.train.directory import refuse_another_run, run_trainer, training_arguments
+from inlay.train.run import DONE, RECIPE, TOKENIZER, RunError
+from inlay.train.weights import MODEL
+from inlay.train.yaml_recipe import RecipeError, dump_recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = [
+    "CompressRun",
+    "CompressTrainer",
+    "CompressionTask",
+    "TrainingError",
+    "build_task",
+    "load_compress_run",
+    "train_compressor",
+]
+
+
+@dataclass(frozen=True)
+class CompressRun:
+    """A finished compression run, loaded.
+
+    Attributes:
+        directory: Where it lies.
+        recipe: What it ran.
+        model: The decoder, in eval mode.
+        compressor: The trained compressor for it, in eval mode.
+        layout: The recipe's layout in the decoder's tokens.
+        tokenizer: The decoder's.
+    """
+
+    directory: Path
+    recipe: CompressRecipe
+    model: PreTrainedModel | PeftModel
+    compressor: Compressor[Any]
+    layout: BoundLayout
+    tokenizer: PreTrainedTokenizerFast
+
+
+def train_compressor(
+    recipe: CompressRecipe,
+    directory: Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    trainer_class: type[CompressTrainer] = CompressTrainer,
+) -> dict[str, float]:
+    """Train what ``recipe`` says and leave everything in ``directory``.
+
+    A decoder with random weights is trained first, or taken from the cache. What the first question of the data shows
+    to be wrong with layout, compressor or objectives is raised before anything is written.
+
+    Args:
+        recipe: A checked recipe.
+        directory: The run's own directory.
+        resume: Go on from the last checkpoint in ``directory``; from the start if there is none.
+        console: Where decoder, data and stages are summed up; None for nowhere.
+        trainer_class: The Trainer, or a subclass with other objectives.
+
+    Returns:
+        The closing metrics of the last stage's Trainer.
+
+    Raises:
+        RunError: ``directory`` holds a run already (without ``resume``), or another one (with it).
+        RecipeError: The decoder's vocabulary is smaller than its tokenizer's.
+        TrainingError: A loss is not a number.
+    """
+    console = console or Console(quiet=True)
+    refuse_another_run(directory, recipe, resume)
+    data = load_qa(recipe.data)
+    model, tokenizer = _decoder(recipe, directory, console)
+    weights = model.state_dict()  # by the names they have without adapters
+    set_seed(recipe.seed)
+    task = build_task(recipe, model, tokenizer)
+    _try_one(task, data, trainer_class.objectives)
+    console.print(_summary(task, data))
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / RECIPE).write_text(dump_recipe(recipe))
+    (directory / DONE).unlink(missing_ok=True)
+    if not (directory / TOKENIZER).is_dir():
+        _save_whole(directory / TOKENIZER, tokenizer.save_pretrained)
+    if recipe.decoder.config is not None and not (directory / MODEL).is_dir():
+        _save_whole(directory / MODEL, lambda path: model.save_pretrained(path, state_dict=weights))
+
+    metrics: dict[str, float] = {}
+    for stage in stages(recipe):
+        place = directory / PRETRAINING if stage.name == PRETRAINING else directory
+        if (place / DONE).is_file():
+            task.load_trained(place)
+            continue
+        metrics = _train_stage(task, stage, data, place, trainer_class, resume, console)
+        task.save_trained(place)
+        (place / DONE).write_text("")
+    return metrics
+
+
+def build_task(recipe: CompressRecipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> CompressionTask:
+    """What the recipe trains, before its first step: LoRA, compressor and cues around a decoder.
+
+    Args:
+        recipe: A checked recipe.
+        model: The decoder, without adapters. Its weights are frozen, and adapters are put into it.
+        tokenizer: The decoder's.
+
+    Raises:
+        RecipeError: The decoder's vocabulary is smaller than its tokenizer's.
+        InlayError: Layout or compressor do not go with the decoder.
+    """
+    known = model.get_input_embeddings().num_embeddings
+    if known < len(tokenizer):
+        raise RecipeError(f"the decoder knows {known} tokens and its tokenizer has {len(tokenizer)}: they do not match")
+    layout = recipe.layout.bind(tokenizer)
+    decoder: PreTrainedModel | PeftModel = model
+    if recipe.decoder_lora is not None:
+        transposed = any(isinstance(module, Conv1D) for module in model.modules())
+        config = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=transposed, **recipe.decoder_lora.model_dump())
+        decoder = get_peft_model(model, config)
+    return CompressionTask(recipe, decoder, build_compressor(recipe.compressor, decoder), layout)
+
+
+def load_compress_run(directory: Path, *, device: str | torch.device | None = None) -> CompressRun:
+    """Load a finished run.
+
+    Raises:
+        RunError: ``directory`` is no compression run, or one that has not finished.
+        CompressorError: The compressor's files are damaged, or the decoder it was trained for has changed.
+    """
+    if not (directory / RECIPE).is_file():
+        raise RunError(f"{directory} is no run: it has no {RECIPE}")
+    recipe = load_compress_recipe(directory / RECIPE)
+    if not (directory / DONE).is_file():
+        raise RunError(
+            f"the run in {directory} has not finished; go on with: inlay compress train {directory / RECIPE} --resume"
+        )
+    base, tokenizer = _saved_decoder(recipe, directory)
+    model: PreTrainedModel | PeftModel = base.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if (directory / DECODER_ADAPTER).is_dir():
+        model = PeftModel.from_pretrained(base, str(directory / DECODER_ADAPTER))
+    compressor = load_compressor(directory / COMPRESSOR, model)
+    return CompressRun(directory, recipe, model.eval(), compressor.eval(), recipe.layout.bind(tokenizer), tokenizer)
+
+
+def _decoder(
+    recipe: CompressRecipe, directory: Path, console: Console
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The decoder before any adapter: that of the run where it has one already, else trained here or loaded."""
+    if recipe.decoder.config is not None and not (directory / MODEL).is_dir():
+        from inlay.train.base_lm import build_base_lm
+
+        return build_base_lm(recipe, console)
+    return _saved_decoder(recipe, directory)
+
+
+def _saved_decoder(recipe: CompressRecipe, directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """From ``model/`` and ``tokenizer/`` of the run, or from where the recipe says."""
+    section = recipe.decoder
+    options = {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
+    own = directory / MODEL
+    model = AutoModelForCausalLM.from_pretrained(
+        own if own.is_dir() else section.name_or_path, dtype=section.dtype, **options
+    )
+    name = directory / TOKENIZER if (directory / TOKENIZER).is_dir() else section.name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # a missing folder, no network, a gated repository: many kinds
+        raise DataError(f"cannot load the tokenizer {name}: {error}") from error
+    return model, tokenizer
+
+
+def _try_one(task: CompressionTask, data: QAData, objectives: Mapping[str, Objective]) -> None:
+    """Compute every objective of every stage for one question."""
+    batch = ContextCollator(task.layout, task.recipe.context_tokens)([[data.train[0]]])
+    device = task.compressor.lm.device
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    task.eval()
+    with torch.no_grad():
+        for stage in stages(task.recipe):
+            task(**inputs, weights=stage.weights, objectives=objectives, ratio=task.recipe.draws[0])
+
+
+def _train_stage(
+    task: CompressionTask,
+    stage: Stage,
+    data: QAData,
+    directory: Path,
+    trainer_class: type[CompressTrainer],
+    resume: bool,
+    console: Console,
+) -> dict[str, float]:
+    recipe = task.recipe
+    arguments = recipe.trainer
+    if stage.name == PRETRAINING and recipe.pretraining is not None:
+        arguments = arguments | recipe.pretraining.trainer | {"max_steps": recipe.pretraining.max_steps}
+    console.print(f"{stage.name}: {_in_words(stage.weights)}{', one drawn per step' if stage.drawn else ''}")
+    trainer = trainer_class(
+        recipe=recipe,
+        stage=stage,
+        model=task,
+        args=training_arguments(directory, recipe.seed, arguments),
+        train_dataset=ByContext(data.train, recipe.questions_per_context),
+        eval_dataset=ByContext(data.eval, recipe.questions_per_context),
+        data_collator=ContextCollator(task.layout, recipe.context_tokens),
+    )
+    return run_trainer(trainer, directory, resume=resume, console=console)
+
+
+def _summary(task: CompressionTask, data: QAData) -> str:
+    trained = sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad)
+    count = sum(parameter.numel() for parameter in task.parameters())
+    compressor = task.recipe.compressor
+    budget = f"{compressor.slots} slots" if compressor.slots else "ratios " + ", ".join(map(str, compressor.ratios))
+    return (
+        f"{type(task.compressor.lm.model).__name__} with {compressor.kind} ({budget}): {count:,} parameters, "
+        f"{trained:,} trained\n{len(data.train):,} questions to train on, {len(data.eval):,} to evaluate on"
+    )
+
+
+def _in_words(weights: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+
+
+def _save_whole(directory: Path, save: Any) -> None:
+    """Have ``save`` write a folder so that ``directory`` is there whole or not at all."""
+    with TemporaryDirectory(dir=directory.parent, prefix=".saving-") as name:
+        save(str(Path(name) / "whole"))
+        os.replace(Path(name) / "whole", directory)

@@ -1,0 +1,167 @@
+"""What every recipe has in common: sections that refuse unknown keys, a YAML file with overrides, errors with a fix.
+
+A recipe is a pydantic model. Any value can be overridden by its path (``trainer.max_steps=100``), and a wrong key or
+value is named with its place and, for an unknown key, its nearest neighbour among those that exist there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import TrainingArguments
+
+from inlay.fastweight import InlayError
+
+R = TypeVar("R", bound=BaseModel)
+
+_OWNED = {
+    "output_dir": "runs are named by `name` and kept under --runs",
+    "seed": "use the recipe's own `seed`",
+    "data_seed": "use the recipe's own `seed`",
+    "resume_from_checkpoint": "use --resume",
+    "logging_dir": "TensorBoard files go to the run's directory",
+    "remove_unused_columns": "batches keep every column that the run's data has",
+    "label_names": "labels are `labels`",
+}
+
+
+class RecipeError(InlayError, ValueError):
+    """A recipe that cannot be run; the message names file, key and fix."""
+
+
+class Section(BaseModel):
+    """A part of a recipe, or all of it: unknown keys are refused, and what is read does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
+    """``arguments`` when transformers' ``TrainingArguments`` takes every one and none is the run's own to set.
+
+    Raises:
+        ValueError: Names the key, and what is meant or to be used in its place.
+    """
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for key in arguments:
+        if key in _OWNED:
+            raise ValueError(f"{key!r} is set by the run: {_OWNED[key]}")
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}{_nearest(key, known)}")
+    return arguments
+
+
+def read_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R:
+    """Read a recipe of this kind, apply ``overrides`` (``"section.key=value"``, values in YAML) and check it.
+
+    Raises:
+        RecipeError: The file is missing or no YAML mapping, or a key or value is wrong; names the key and, for an
+            unknown one, its nearest neighbour.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise RecipeError(f"{where}: not YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections; this file holds a {type(raw).__name__}")
+    raw.setdefault("name", path.stem)
+    for override in overrides:
+        _override(raw, override)
+    return check_recipe(kind, raw, str(path))
+
+
+def check_recipe(kind: type[R], raw: dict[str, Any], source: str = "recipe") -> R:
+    """Check a recipe of this kind given as a dictionary. Raises :class:`RecipeError`."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"  {_explain(kind, problem)}" for problem in error.errors()]
+        raise RecipeError(f"{source} is no valid recipe:\n" + "\n".join(lines)) from error
+
+
+def dump_recipe(recipe: BaseModel) -> str:
+    """The recipe as YAML that :func:`read_recipe` reads back to the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads ``1e-3`` as a number, which YAML 1.1 does only with a point and a sign."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"{override!r} is no override; write section.key=value, e.g. trainer.max_steps=100")
+    *sections, key = path.split(".")
+    target = raw
+    for section in sections:
+        if target.get(section) is None:
+            target[section] = {}
+        target = target[section]
+        if not isinstance(target, dict):
+            raise RecipeError(f"{override!r}: {section!r} is a value, not a section")
+    try:
+        target[key] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{override!r}: the value is no YAML: {error}") from error
+
+
+def _explain(kind: type[BaseModel], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    where = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_nearest(location[-1], _fields_at(kind, location[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{where}: is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else f"; known are {', '.join(known)}"
+
+
+def _fields_at(kind: type[BaseModel], location: Sequence[str]) -> set[str]:
+    """Names of the fields that exist at a place of the recipe."""
+    models: list[type[BaseModel]] = [kind]
+    for step in location:
+        inner = [
+            m for model in models if step in model.model_fields for m in _models(model.model_fields[step].annotation)
+        ]
+        # A step that is no field is an index into a list, or the tag by which a union chose its member.
+        tagged = [m for m in models if any(_is_tag(f.annotation, step) for f in m.model_fields.values())]
+        models = inner or tagged or (models if step.isdecimal() else [])
+    return {name for model in models for name in model.model_fields}
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field may hold, in a list too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models(argument)]
+
+
+def _is_tag(annotation: Any, tag: str) -> bool:
+    return get_origin(annotation) is Literal and tag in get_args(annotation)

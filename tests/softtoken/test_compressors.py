@@ -1,0 +1,707 @@
+"""Compressors: what a slot is made of, and what it does not depend on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from inlay.softtoken.compressors import (
+    Compressor,
+    CompressorError,
+    CrossAttentionConfig,
+    EncoderPoolConfig,
+    EncoderTokensConfig,
+    LoraSettings,
+    PoolConfig,
+    build_compressor,
+    load_compressor,
+)
+from inlay.softtoken.compressors import storage as storage_module
+from inlay.softtoken.compressors.segments import Runs, divide_by_ratio, divide_by_slots
+from inlay.softtoken.tokens import SoftTokens
+from tests.closeness import assert_close
+from tests.fastweight.families import BY_NAME, enable_checkpointing, hook_counts, snapshot
+
+HOOKS_ARE_CHECKPOINTED = "__call__" in vars(transformers.modeling_layers.GradientCheckpointingLayer)
+"""As in transformers 5.12. It makes a difference to reentrant checkpointing alone."""
+
+WIDTH, HEADS, KV_HEADS, HEAD = 32, 4, 2, 8
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt-neox", "phi3", "gemma3", "olmo2", "qwen3-moe"]
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "encoder-pool": EncoderPoolConfig,
+    "encoder-pool-bidirectional": partial(EncoderPoolConfig, attention="bidirectional"),
+    "encoder-tokens": EncoderTokensConfig,
+    "crossattention": CrossAttentionConfig,
+    "crossattention-layer": partial(CrossAttentionConfig, source="layer:1", blocks=2),
+    "pool": PoolConfig,
+}
+ALL = [(kind, form) for kind in KINDS for form in ("embeddings", "kv")]
+TRAINED = [(k, form) for k, form in ALL if k in ("encoder-pool", "encoder-tokens", "crossattention")]
+
+
+def llama(seed: int = 0, **changes: Any) -> transformers.LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        **{
+            "vocab_size": 64,
+            "hidden_size": WIDTH,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.2,
+        }
+        | changes
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def built(kind: str, model: Any, *, seed: int = 1, **changes: Any) -> Compressor[Any]:
+    """A compressor whose adapter does something, as a trained one's does."""
+    torch.manual_seed(seed)
+    if kind != "pool":
+        few = model.config.model_type == "llama"  # PEFT takes its time for each
+        changes["lora"] = LoraSettings(r=2, target_modules=("q_proj", "v_proj", "down_proj") if few else "all-linear")
+    compressor = build_compressor(KINDS[kind](**changes), model)
+    for name, parameter in compressor.named_trainable_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2)
+    return compressor
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def numbers(memory: SoftTokens) -> Tensor:
+    """Everything a memory holds, `[B, M, …]` flattened behind M."""
+    if memory.embeddings is not None:
+        return memory.embeddings
+    assert memory.kv is not None
+    return torch.cat([t.transpose(1, 2).flatten(2) for pair in memory.kv for t in pair], dim=-1)
+
+
+def padded(texts: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Texts of different lengths as a batch, with ids at the padding that are no tokens."""
+    width = max(map(len, texts)) + 2
+    ids, mask = torch.full((len(texts), width), -1), torch.zeros(len(texts), width, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        place = slice(0, len(text)) if side == "right" else slice(width - len(text), width)
+        ids[row, place], mask[row, place] = text, True
+    return ids, mask
+
+
+# What a slot does not depend on
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "segments"),
+    [(kind, form, {}) for kind, form in ALL]
+    + [(kind, form, {"segment_tokens": 8, "segments": "recursive"}) for kind, form in TRAINED]
+    + [(kind, "kv", {"segment_tokens": 8}) for kind in ("encoder-tokens", "pool")],
+)
+@torch.no_grad()
+def test_the_same_text_gives_the_same_slots_whatever_its_batch_mates_and_padding(
+    kind: str, form: str, segments: dict[str, Any]
+) -> None:
+    compressor = built(kind, llama(), form=form, **segments)
+    text, short, long = tokens(1, 21)[0], tokens(1, 3, seed=1)[0], tokens(1, 38, seed=2)[0]
+    for call in ({"ratio": 4}, {"slots": 5}):
+        alone = compressor.compress(text.unsqueeze(0), **call)
+        for texts, side in [([short, text, long], "right"), ([long, text], "left")]:
+            memory = compressor.compress(*padded(texts, side), **call)
+            assert_close(numbers(memory.row(1)), numbers(alone), 1e-5, f"{call}, {side}")
+            assert not numbers(memory)[~memory.mask].any()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral"])
+@pytest.mark.parametrize("form", ["embeddings", "kv"])
+@pytest.mark.parametrize("kind", ["encoder-pool", "encoder-pool-bidirectional", "encoder-tokens"])
+@torch.no_grad()
+def test_neither_do_they_in_other_families(kind: str, form: str, family: str) -> None:
+    compressor = built(kind, BY_NAME[family].make(), form=form)
+    text = tokens(1, 21)[0]
+    memory = compressor.compress(*padded([text, tokens(1, 30, seed=1)[0]], "left"))
+    assert_close(numbers(memory.row(0)), numbers(compressor.compress(text.unsqueeze(0))), 1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["encoder-pool", "encoder-pool-bidirectional"])
+@torch.no_grad()
+def test_nor_does_a_slot_depend_on_the_attention_implementation(kind: str, attention: str) -> None:
+    ids, mask = padded([tokens(1, 21)[0], tokens(1, 9, seed=1)[0]], "right")
+    memories = [built(kind, llama(attn_implementation=a)).compress(ids, mask) for a in (attention, "sdpa")]
+    assert_close(numbers(memories[0]), numbers(memories[1]), 1e-5)
+
+
+@torch.no_grad()
+def test_appending_text_keeps_the_slots_of_full_runs_where_attention_is_causal() -> None:
+    text = tokens(1, 32)
+    compressor = built("encoder-pool", llama())
+    assert_close(compressor.compress(text).embeddings[:, :5], compressor.compress(text[:, :20]).embeddings, 1e-5)
+
+
+# How many slots there are, and of what
+
+
+def test_runs_are_of_the_ratio_with_the_rest_in_the_last_or_nearly_equal() -> None:
+    assert [s.runs for s in divide_by_ratio(10, 4)] == [(4, 4, 2)]
+    assert [(s.start, s.runs) for s in divide_by_ratio(21, 4, 8)] == [(0, (4, 4)), (8, (4, 4)), (16, (4, 1))]
+    assert [s.runs for s in divide_by_slots(11, 3)] == [(4, 4, 3)]
+    assert [s.runs for s in divide_by_slots(2, 3)] == [(1, 1)]
+    assert [(s.start, s.runs) for s in divide_by_slots(11, 5, 4)] == [(0, (2, 2)), (4, (2, 2)), (8, (3,))]
+
+
+def test_runs_as_tensors() -> None:
+    runs = Runs.of([*divide_by_ratio(5, 2), *divide_by_slots(3, 1)], torch.device("cpu"))
+    assert runs.mask.tolist() == [[True, True, True], [True, False, False]]
+    assert runs.last.tolist() == [[1, 3, 4], [2, 0, 0]]
+    assert runs.centres().tolist() == [[0.5, 2.5, 4.0], [1.0, 0.0, 0.0]]
+    x = torch.tensor([[1.0, 3.0, 5.0, 7.0, 11.0], [1.0, 2.0, 6.0, 9.0, 9.0]]).unsqueeze(-1)
+    assert runs.mean(x).squeeze(-1).tolist() == [[2.0, 6.0, 11.0], [3.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(("kind", "form"), [*TRAINED, ("pool", "embeddings")])
+@torch.no_grad()
+def test_one_compressor_serves_several_ratios_and_fixed_numbers(kind: str, form: str) -> None:
+    compressor = built(kind, llama(), form=form, ratios=(4, 8, 16), segment_tokens=16)
+    ids, mask = padded([tokens(1, 33)[0], tokens(1, 7)[0]], "right")
+    for ratio in (4, 8, 16):
+        assert compressor.compress(ids, mask, ratio=ratio).lengths.tolist() == [-(-33 // ratio), -(-7 // ratio)]
+    assert compressor.compress(ids, mask, slots=10).lengths.tolist() == [10, 7]
+    assert compressor.compress(ids, mask).lengths.tolist() == [9, 2]
+    assert sum(segment.slots for segment in compressor.plan(33, ratio=8)) == 5
+
+
+@torch.no_grad()
+def test_pool_is_the_mean_embedding_of_each_run_at_the_scale_of_embeddings() -> None:
+    model = llama()
+    compressor = built("pool", model)
+    ids = tokens(1, 10)
+    table = model.get_input_embeddings().weight
+    means = torch.stack([table[ids[0, a:b]].mean(0) for a, b in [(0, 4), (4, 8), (8, 10)]])
+    expected = means / means.square().mean(1, keepdim=True).sqrt() * table.square().mean().sqrt()
+    assert_close(compressor.compress(ids).embeddings[0], expected, 1e-6)
+    assert compressor.trainable_parameters() == []
+
+
+# encoder-pool
+
+
+def uncalibrated(compressor: Compressor[Any]) -> Compressor[Any]:
+    """What comes out of the last block's pooled rows, as it is."""
+    compressor.projector = nn.Identity()
+    return compressor
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_runs_of_one_token_are_what_the_last_block_makes_of_each_token(family: str) -> None:
+    model = BY_NAME[family].make()
+    compressor = uncalibrated(built("encoder-pool", model, ratios=(1,), calibrate=False))
+    text, other = tokens(1, 21)[0], tokens(1, 13, seed=1)[0]
+    ids, mask = padded([text, other], "right")
+    memory = compressor.compress(ids, mask)
+
+    outputs: list[Tensor] = []
+    handle = compressor.lm.blocks[-1].register_forward_hook(
+        lambda _, __, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+    )
+    with adapter_on(compressor):
+        for row in (text, other):
+            model(input_ids=row.unsqueeze(0), use_cache=False)
+    handle.remove()
+    for row, output in enumerate(outputs):
+        assert_close(memory.row(row).embeddings, output, 1e-5, f"row {row}")
+
+
+@contextmanager
+def adapter_on(compressor: Compressor[Any]) -> Iterator[None]:
+    """The adapter switched on by PEFT's own means."""
+    layers = [m for m in compressor.lm.model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    for layer in layers:
+        layer.set_adapter([compressor.adapter.name])
+    yield
+    for layer in layers:
+        layer.set_adapter([])
+
+
+def effective(layer: Any) -> Tensor:
+    """W + (alpha / r) B A of a LoRA layer, W of another."""
+    if not isinstance(layer, peft.tuners.lora.LoraLayer):
+        return layer.weight
+    a, b = layer.lora_A["compressor"].weight, layer.lora_B["compressor"].weight
+    return layer.base_layer.weight + 32 / 2 * b @ a
+
+
+def rotated(x: Tensor, places: Tensor, base: float = 10_000.0) -> Tensor:
+    """Rotary embedding of `[H, T, d]` written out pair by pair."""
+    half = x.shape[-1] // 2
+    out = torch.empty_like(x)
+    for i in range(half):
+        angle = places.to(x.dtype) * base ** (-2 * i / x.shape[-1])
+        a, b = x[..., i], x[..., i + half]
+        out[..., i], out[..., i + half] = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+    return out
+
+
+def rms_norm(x: Tensor, norm: Any) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt() * norm.weight
+
+
+def block_by_hand(block: Any, hidden: Tensor, runs: list[tuple[int, int]] | None, *, causal: bool) -> Tensor:
+    """A Llama block on `[T, D]` with loops for its attention: its output, or with ``runs`` that of the pooled rows."""
+    tokens_ = len(hidden)
+    places = torch.arange(tokens_)
+    normed = rms_norm(hidden, block.input_layernorm)
+    attention = block.self_attn
+    q, k, v = (normed @ effective(p).T for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    residual = hidden
+    if runs is not None:
+        q = torch.stack([q[a:b].mean(0) for a, b in runs])
+        residual = torch.stack([hidden[a:b].mean(0) for a, b in runs])
+        places = torch.tensor([b - 1 for _, b in runs])
+    q = rotated(q.view(-1, HEADS, HEAD).transpose(0, 1), places)
+    k = rotated(k.view(-1, KV_HEADS, HEAD).transpose(0, 1), torch.arange(tokens_))
+    v = v.view(-1, KV_HEADS, HEAD).transpose(0, 1)
+    rows = []
+    for row, place in enumerate(places.tolist()):
+        seen = place + 1 if causal else tokens_
+        heads = []
+        for head in range(HEADS):
+            shared = head // (HEADS // KV_HEADS)
+            weights = (k[shared, :seen] @ q[head, row] / HEAD**0.5).softmax(0)
+            heads.append(weights @ v[shared, :seen])
+        rows.append(torch.cat(heads))
+    hidden = residual + torch.stack(rows) @ effective(attention.o_proj).T
+    inner = rms_norm(hidden, block.post_attention_layernorm)
+    mlp = block.mlp
+    gated = F.silu(inner @ effective(mlp.gate_proj).T) * (inner @ effective(mlp.up_proj).T)
+    return hidden + gated @ effective(mlp.down_proj).T
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@torch.no_grad()
+def test_encoder_pool_is_what_its_definition_gives_by_hand(attention: str) -> None:
+    model = llama().double()
+    kind = "encoder-pool" if attention == "causal" else "encoder-pool-bidirectional"
+    compressor = built(kind, model).double()
+    ids = tokens(1, 10)
+    memory = compressor.compress(*padded([ids[0], tokens(1, 17, seed=1)[0]], "left"))
+
+    hidden = model.get_input_embeddings()(ids)[0]
+    for block in model.model.layers[:-1]:
+        hidden = block_by_hand(block, hidden, None, causal=attention == "causal")
+    pooled = block_by_hand(model.model.layers[-1], hidden, [(0, 4), (4, 8), (8, 10)], causal=attention == "causal")
+    projector = compressor.projector
+    normed = pooled / pooled.square().mean(-1, keepdim=True).sqrt() * projector.norm.weight
+    projected = F.gelu(normed @ projector.up.weight.T) @ projector.down.weight.T
+    expected = projected / projected.square().mean(-1, keepdim=True).sqrt()
+    expected = expected * model.get_input_embeddings().weight.square().mean().sqrt()
+    assert_close(memory.row(0).embeddings[0], expected, 1e-6)
+
+
+# encoder-tokens
+
+
+@torch.no_grad()
+def test_encoder_tokens_are_last_hidden_states_of_memory_tokens_behind_the_context() -> None:
+    model = llama()
+    compressor = uncalibrated(built("encoder-tokens", model, calibrate=False))
+    ids = tokens(1, 10)
+    memory = compressor.compress(*padded([ids[0], tokens(1, 17, seed=1)[0]], "left"))
+    sequence = torch.cat([model.get_input_embeddings()(ids), compressor.memory[None, :3]], dim=1)
+    with adapter_on(compressor):
+        expected = model.model(inputs_embeds=sequence).last_hidden_state[:, 10:]
+    assert_close(memory.row(0).embeddings, expected, 1e-5)
+
+
+@torch.no_grad()
+def test_keys_of_memory_tokens_are_rotated_for_where_the_decoder_finds_them() -> None:
+    model = llama()
+    compressor = built("encoder-tokens", model, form="kv", segment_tokens=8)
+    ids = tokens(1, 14)
+    memory = compressor.compress(*padded([tokens(1, 5, seed=1)[0], ids[0]], "left"))
+
+    unrotated: dict[str, Tensor] = {}
+    attentions = [block.self_attn for block in model.model.layers]
+    handles = [
+        module.register_forward_hook(lambda _, __, output, key=f"{layer}.{name}": unrotated.update({key: output}))
+        for layer, attention in enumerate(attentions)
+        for name, module in (("k", attention.k_proj), ("v", attention.v_proj))
+    ]
+    expected: list[list[Tensor]] = [[] for _ in range(4)]
+    with adapter_on(compressor):
+        for start, end, first in [(0, 8, 0), (8, 14, 2)]:
+            text = model.get_input_embeddings()(ids[:, start:end])
+            model.model(inputs_embeds=torch.cat([text, compressor.memory[None, :2]], dim=1))
+            for layer in range(2):
+                k, v = (unrotated[f"{layer}.{name}"][0, -2:].view(2, KV_HEADS, HEAD).transpose(0, 1) for name in "kv")
+                expected[2 * layer].append(rotated(k, torch.arange(first, first + 2)))
+                expected[2 * layer + 1].append(v)
+    for handle in handles:
+        handle.remove()
+    found = [tensor[0] for pair in memory.row(1).kv for tensor in pair]
+    for actual, parts in zip(found, expected, strict=True):
+        assert_close(actual, torch.cat(parts, dim=1), 1e-5)
+
+
+# form kv
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt-neox", "qwen3"])
+@torch.no_grad()
+def test_keys_and_values_of_other_kinds_are_what_reading_the_slots_leaves_in_the_cache(family: str) -> None:
+    model = BY_NAME[family].make()
+    ids, mask = padded([tokens(1, 21)[0], tokens(1, 9, seed=1)[0]], "right")
+    slots = built("encoder-pool", model).compress(ids, mask)
+    compressor = built("encoder-pool", model, form="kv")
+    memory = compressor.compress(ids, mask)
+    for row in range(2):
+        with adapter_on(compressor):
+            cache = model(inputs_embeds=slots.row(row).embeddings, use_cache=True).past_key_values
+        for (keys, values), layer in zip(memory.row(row).kv, cache.layers, strict=True):
+            assert_close(keys, layer.keys, 1e-5)
+            assert_close(values, layer.values, 1e-5)
+
+
+@torch.no_grad()
+def test_pooled_slots_say_the_same_to_the_decoder_in_both_forms() -> None:
+    model = llama()
+    ids, question = tokens(1, 21), tokens(1, 5, seed=1)
+    slots, kv = (built("pool", model, form=form).compress(ids) for form in ("embeddings", "kv"))
+    after = model.get_input_embeddings()(question)
+    whole = model(inputs_embeds=torch.cat([slots.embeddings, after], dim=1)).logits[:, slots.slots :]
+    cache = transformers.DynamicCache()
+    for layer, (keys, values) in enumerate(kv.kv):
+        cache.update(keys, values, layer)
+    assert_close(model(inputs_embeds=after, past_key_values=cache).logits, whole, 1e-5)
+
+
+# Segments
+
+
+@pytest.mark.parametrize(("kind", "form"), [(k, f) for k, f in ALL if f == "embeddings"])
+@torch.no_grad()
+def test_concatenated_segments_are_read_alone(kind: str, form: str) -> None:
+    compressor = built(kind, llama(), segment_tokens=8)
+    ids = tokens(1, 21)
+    parts = [compressor.compress(part).embeddings for part in ids.split(8, dim=1)]
+    assert_close(compressor.compress(ids).embeddings, torch.cat(parts, dim=1), 1e-5)
+
+
+@torch.no_grad()
+def test_recursive_segments_read_the_slots_before_them() -> None:
+    model = llama()
+    compressor = built("encoder-tokens", model, segment_tokens=8, segments="recursive")
+    ids = tokens(1, 21)
+    slots = torch.zeros(1, 0, WIDTH)
+    with adapter_on(compressor):
+        for part in ids.split(8, dim=1):
+            count = -(-part.shape[1] // 4)
+            sequence = torch.cat([slots, model.get_input_embeddings()(part), compressor.memory[None, :count]], dim=1)
+            hidden = model.model(inputs_embeds=sequence).last_hidden_state[:, -count:]
+            slots = torch.cat([slots, compressor.calibration(compressor.projector(hidden))], dim=1)
+    assert_close(compressor.compress(ids).embeddings, slots, 1e-5)
+
+
+@pytest.mark.parametrize(("kind", "form"), TRAINED)
+def test_what_came_before_reaches_the_last_segment_only_where_it_is_recursive(kind: str, form: str) -> None:
+    ids = tokens(2, 24)
+    ids[:, 8:] = ids[0, 8:]  # rows differ in their first segment alone
+    for segments, same in (("concatenate", True), ("recursive", False)):
+        compressor = built(kind, llama(), form=form, segment_tokens=8, segments=segments)
+        last = numbers(compressor.compress(ids)).detach()[:, -2:]
+        if form == "kv" and kind != "encoder-tokens":
+            continue  # slots read those before them when they are turned into keys and values
+        assert torch.allclose(last[0], last[1], atol=1e-6) is same
+
+
+# Training
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+@pytest.mark.parametrize(("kind", "form"), TRAINED)
+def test_gradient_reaches_adapter_and_projector_and_not_the_base(
+    kind: str, form: str, checkpointing: bool | None
+) -> None:
+    model = BY_NAME["gpt2"].make().double()  # which, unlike the others, computes nothing in float32
+    compressor = built(kind, model, form=form, segment_tokens=16, segments="recursive").double()
+    ids, mask = padded([tokens(1, 21)[0], tokens(1, 9, seed=1)[0]], "left")
+    weights = torch.randn(numbers(compressor.compress(ids, mask)).shape, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        return (numbers(compressor.compress(ids, mask)) * weights).sum()
+
+    named = dict(compressor.named_trainable_parameters())
+    directions = {name: torch.randn_like(parameter) for name, parameter in named.items()}
+    step = 1e-6
+    with torch.no_grad():
+        sides = []
+        for sign in (1, -2):
+            for name, parameter in named.items():
+                parameter += sign * step * directions[name]
+            sides.append(loss())
+        for name, parameter in named.items():
+            parameter += step * directions[name]
+    slope = (sides[0] - sides[1]) / (2 * step)
+
+    if checkpointing is not None:
+        enable_checkpointing(model, reentrant=checkpointing)
+        model.train()
+    if checkpointing and (form == "kv" or (kind == "encoder-pool" and HOOKS_ARE_CHECKPOINTED)):
+        with pytest.raises(CompressorError, match="reentrant"):
+            loss()
+        return
+    loss().backward()
+    along = sum((p.grad * directions[name]).sum() for name, p in named.items() if p.grad is not None)
+    assert_close(along, slope, 1e-5, "gradient along a direction against finite differences")
+    adapter = {id(p) for p in compressor.trainable_parameters()}
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters() if id(p) not in adapter)
+    if kind.startswith("encoder"):
+        reached = {name for name, p in named.items() if p.grad is not None and p.grad.any()}
+        assert {"adapter", "projector"} <= {name.split(".")[0] for name in reached}
+
+
+@pytest.mark.parametrize(("kind", "form"), TRAINED)
+def test_the_decoder_is_bit_equal_to_the_base_model(kind: str, form: str) -> None:
+    model, ids = llama(), tokens(2, 21)
+    with torch.no_grad():
+        base = model(ids).logits
+    compressor = built(kind, model, form=form)
+    compressor.compress(ids)
+    assert torch.equal(model(ids).logits, base)
+
+    hooks, before = hook_counts(model), snapshot(model)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("midway")
+
+    if compressor.adapter is not None:
+        handle = model.model.layers[-1].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="midway"):
+            compressor.compress(ids)
+        handle.remove()
+    assert hook_counts(model) == hooks
+    assert torch.equal(model(ids).logits, base)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+    compressor.detach()
+    assert hook_counts(model) == hook_counts(llama())
+    assert torch.equal(model(ids).logits, base)
+
+
+def test_the_decoders_own_adapter_is_off_while_compressing_and_on_again_after() -> None:
+    ids = tokens(2, 21)
+    expected = built("encoder-pool", llama()).compress(ids).embeddings
+    torch.manual_seed(3)
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    own = {name for name, p in model.named_parameters() if p.requires_grad}
+    answer = model(ids).logits
+    compressor = built("encoder-pool", model)
+    assert torch.equal(model(ids).logits, answer)
+    assert {n for n, p in model.named_parameters() if p.requires_grad and ".compressor." not in n} == own
+    assert_close(compressor.compress(ids).embeddings, expected, 1e-6)
+    assert torch.equal(model(ids).logits, answer)
+
+
+def test_compressors_that_share_a_model_do_not_touch_each_other() -> None:
+    model, ids = llama(), tokens(1, 21)
+    first = built("encoder-pool", model)
+    alone = first.compress(ids).embeddings
+    second = built("encoder-pool", model, seed=2)
+    third = built("encoder-tokens", model, seed=3)
+    assert [c.adapter.name for c in (first, second, third)] == ["compressor", "compressor-2", "compressor-3"]
+    assert torch.equal(first.compress(ids).embeddings, alone)
+    assert not torch.equal(second.compress(ids).embeddings, alone)
+    second.detach()
+    assert torch.equal(first.compress(ids).embeddings, alone)
+
+
+@torch.no_grad()
+def test_slots_have_the_decoders_dtype_and_what_is_learned_is_float32() -> None:
+    compressor = built("encoder-pool", llama().bfloat16())
+    assert compressor.compress(tokens(1, 21)).embeddings.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in compressor.trainable_parameters()} == {torch.float32}
+
+
+# Scale
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_slots_begin_at_the_rms_of_the_embeddings(kind: str, family: str) -> None:
+    model = BY_NAME[family].make()
+    read = model.get_input_embeddings()(torch.arange(64))
+    rms = read[read.any(-1)].square().mean().sqrt()
+    memory = built(kind, model).compress(tokens(2, 21))
+    assert_close(memory.embeddings.square().mean(-1).sqrt(), rms.expand(memory.mask.shape), 1e-4)
+
+
+def across_contexts(compressor: Compressor[Any]) -> float:
+    """Mean cosine of the same slot of different random contexts."""
+    slots = F.normalize(compressor.compress(tokens(8, 64)).embeddings, dim=-1)
+    cosines = torch.einsum("bmd,cmd->mbc", slots, slots)
+    return float((cosines.sum() - cosines.diagonal(dim1=1, dim2=2).sum()) / (cosines.shape[0] * 56))
+
+
+@torch.no_grad()
+def test_seed_003_collapses_and_no_kind_here_does() -> None:
+    model = llama()
+    table = model.get_input_embeddings().weight
+    table *= 0.011 / table.square().mean().sqrt()
+    seed = built("crossattention", model, positions="raw", calibrate=False)
+    assert across_contexts(seed) > 0.999
+    assert seed.compress(tokens(8, 64)).embeddings.square().mean().sqrt() > 10 * 0.011
+    for kind in KINDS:
+        assert across_contexts(built(kind, model)) < 0.9, kind
+
+
+# On disk
+
+
+@pytest.mark.parametrize(("kind", "form"), [*TRAINED, ("pool", "embeddings")])
+@torch.no_grad()
+def test_saved_and_loaded_it_writes_the_same_slots_bit_for_bit(kind: str, form: str, tmp_path: Path) -> None:
+    ids = tokens(2, 21)
+    compressor = built(kind, llama(), form=form)
+    for parameter in compressor.parameters():
+        parameter += 0.1
+    compressor.save_pretrained(tmp_path / "c")
+    loaded = load_compressor(tmp_path / "c", llama())
+    assert torch.equal(numbers(loaded.compress(ids)), numbers(compressor.compress(ids)))
+    assert loaded.fingerprint() == compressor.fingerprint()
+    assert loaded.config == compressor.config
+    assert not [path for path in (tmp_path / "c").iterdir() if path.name.startswith(".")]
+
+
+def test_peft_reads_its_adapter(tmp_path: Path) -> None:
+    compressor = built("encoder-pool", llama())
+    compressor.save_pretrained(tmp_path)
+    by_peft = peft.PeftModel.from_pretrained(llama(), str(tmp_path / "adapter"))
+    ids = tokens(1, 9)
+    with adapter_on(compressor):
+        assert torch.equal(by_peft(ids).logits, compressor.lm.model(ids).logits)
+
+
+def test_it_is_refused_for_another_model(tmp_path: Path) -> None:
+    built("encoder-pool", llama()).save_pretrained(tmp_path)
+    other = llama(seed=7)
+    with pytest.raises(CompressorError, match="other weights"):
+        load_compressor(tmp_path, other)
+    with pytest.raises(CompressorError, match="blocks is 2 there and 3 here"):
+        load_compressor(tmp_path, llama(num_hidden_layers=3))
+    assert hook_counts(other) == hook_counts(llama())
+    load_compressor(tmp_path, llama().bfloat16())
+
+
+def test_damaged_files_and_failed_saves_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CompressorError, match="holds no compressor"):
+        load_compressor(tmp_path, llama())
+    compressor = built("encoder-pool", llama())
+    compressor.save_pretrained(tmp_path)
+    ids = tokens(1, 9)
+    before = compressor.compress(ids).embeddings
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("disk full")
+
+    for parameter in compressor.parameters():
+        parameter.data += 1
+    with monkeypatch.context() as patch:
+        patch.setattr(storage_module, "save_file", full)
+        with pytest.raises(OSError, match="disk full"):
+            compressor.save_pretrained(tmp_path)
+    assert torch.equal(load_compressor(tmp_path, llama()).compress(ids).embeddings, before)
+
+    compressor.projector.up.weight.data[0, 0] = torch.nan
+    with pytest.raises(CompressorError, match=r"projector\.up\.weight"):
+        compressor.save_pretrained(tmp_path)
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"half")
+    with pytest.raises(CompressorError, match="checksum"):
+        load_compressor(tmp_path, llama())
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ({"ratio": 5}, r"ratio 5 .*\(4, 8\)"),
+        ({"ratio": 4, "slots": 3}, "two ways"),
+        ({"slots": 0}, "at least one slot"),
+    ],
+)
+def test_calls_that_make_no_sense_are_refused(call: dict[str, int], says: str) -> None:
+    with pytest.raises(CompressorError, match=says):
+        built("pool", llama()).compress(tokens(1, 9), **call)
+
+
+def test_contexts_that_cannot_be_read_are_refused() -> None:
+    mask = torch.ones(3, 9)
+    mask[1] = 0
+    with pytest.raises(CompressorError, match=r"rows \[1\]"):
+        built("pool", llama()).compress(tokens(3, 9), mask)
+    with pytest.raises(CompressorError, match=r"\[3, 9\] and \[1, 9\]"):
+        built("pool", llama()).compress(tokens(3, 9), torch.ones(1, 9))
+    with pytest.raises(CompressorError, match="128 positions; read it in segments"):
+        built("encoder-pool", llama()).compress(tokens(1, 130))
+    with pytest.raises(CompressorError, match="128 positions"):
+        built("encoder-tokens", llama()).compress(tokens(1, 120))
+    built("encoder-pool", llama(), segment_tokens=64).compress(tokens(1, 130))
+    built("pool", llama()).compress(tokens(1, 130))
+    with pytest.raises(CompressorError, match="max_slots=30"):
+        built("encoder-tokens", llama(), max_slots=20).compress(tokens(1, 120))
+    with pytest.raises(CompressorError, match="raise slots, or segment_tokens to 11"):
+        built("pool", llama(), segment_tokens=8).compress(tokens(1, 32), slots=3)
+
+
+def test_configurations_that_make_no_sense_are_refused() -> None:
+    for changes, says in [
+        ({"ratios": ()}, "ratios is empty"),
+        ({"ratios": (0,)}, "at least 1"),
+        ({"slots": 8, "max_slots": 4}, "raise max_slots"),
+        ({"segment_tokens": 20}, "multiple of every ratio"),
+        ({"segments": "recursive"}, "segments: concatenate"),
+        ({"colour": "red"}, "colour"),
+    ]:
+        with pytest.raises(ValidationError, match=says):
+            PoolConfig(**changes)
+    with pytest.raises(ValidationError, match='"layer:k"'):
+        CrossAttentionConfig(source="middle")
+
+
+def test_models_that_cannot_be_read_with_are_refused_and_left_as_they_were() -> None:
+    model = llama()
+    for config, says in [
+        (CrossAttentionConfig(source="layer:9"), "has 2 blocks"),
+        (CrossAttentionConfig(heads=5), "must divide"),
+        (EncoderPoolConfig(lora=LoraSettings(target_modules=("nothing",))), "no adapter can be put"),
+    ]:
+        with pytest.raises(CompressorError, match=says):
+            build_compressor(config, model)
+    assert hook_counts(model) == hook_counts(llama())
+    flash = copy.deepcopy(model)
+    flash.config._attn_implementation = "flex_attention"
+    with pytest.raises(CompressorError, match="sdpa"):
+        build_compressor(EncoderPoolConfig(), flash)

@@ -1,0 +1,107 @@
+"""``inlay compress``: a run trained, evaluated and put to use from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from inlay.cli_compress import app
+from inlay.data import FactsConfig, facts_tokenizer, load_qa
+from inlay.softtoken.store import SoftTokenStore, StoreError
+from inlay.train.compress import load_compress_run
+
+DATA = {"source": "facts", "facts": 2, "questions": 2, "tails": 10, "nouns": 24, "adjectives": 6, "eval_examples": 8}
+FACTS = FactsConfig.model_validate(DATA)
+
+
+def inlay(*words: object) -> str:
+    """What ``inlay compress WORDS`` prints; its errors are raised."""
+    result = CliRunner().invoke(app, [*map(str, words)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run ``tiny``, trained for two steps on a decoder of random weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    tokenizer = facts_tokenizer(FACTS)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=96, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "decoder")
+    tokenizer.save_pretrained(folder / "decoder")
+    recipe = {
+        "name": "untitled",
+        "decoder": {"name_or_path": str(folder / "decoder")},
+        "compressor": {"kind": "encoder-pool", "ratios": [2, 4], "lora": {"r": 2}},
+        "layout": {"answer_tokens": 4},
+        "data": DATA,
+        "trainer": {"per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True},
+        "evaluate": {"examples": 6, "batch_size": 6, "ratios": [4]},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    said = inlay("train", folder / "recipe.yaml", "name=tiny", "trainer.max_steps=2", "--runs", folder)
+    assert "report.html" in said.replace("\n", "")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def documents(runs: Path) -> Path:
+    """Three documents: two files, and a line."""
+    contexts = list(dict.fromkeys(example.context for example in load_qa(FACTS).eval))
+    (runs / "docs" / "deep").mkdir(parents=True)
+    (runs / "docs" / "a.txt").write_text(contexts[0])
+    (runs / "docs" / "deep" / "b.txt").write_text(contexts[1])
+    (runs / "docs" / "c.jsonl").write_text(json.dumps({"id": "line", "text": contexts[2]}))
+    return runs / "docs"
+
+
+def test_a_run_is_evaluated_beside_its_baselines_and_reported(runs: Path) -> None:
+    said = inlay("evaluate", runs / "tiny")
+    for expected in ("full text", "soft tokens", "Collapse at 4×"):
+        assert expected in said
+    figures = json.loads((runs / "tiny" / "evaluation.json").read_text())
+    assert {one["budget"] for one in figures["methods"] if one["method"] == "soft tokens"} == {"4×"}
+    assert [one["budget"] for one in figures["collapse"]] == ["4×"]
+    report = (runs / "tiny" / "report.html").read_text()
+    assert "soft tokens" in report
+    assert "Collapse at 4×" in report
+
+
+def test_documents_are_encoded_gone_on_with_and_answered_from(runs: Path, documents: Path, tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    assert inlay("encode", runs / "tiny", documents, out, "--ratio", 4).startswith("3 documents encoded in")
+    store = SoftTokenStore.open(out)
+    assert sorted(store.documents) == ["a.txt", "deep/b.txt", "line"]
+    assert {document.ratio for document in store.documents.values()} == {4}
+    with pytest.raises(StoreError, match="Go on with --resume"):
+        inlay("encode", runs / "tiny", documents, out, "--ratio", 4)
+    assert "0 documents encoded" in inlay("encode", runs / "tiny", documents, out, "--ratio", 4, "--resume")
+    assert "3 of them replaced" in inlay("encode", runs / "tiny", documents, out, "--slots", 3, "--replace")
+
+    run, store = load_compress_run(runs / "tiny"), SoftTokenStore.open(out)
+    asked = [example.question for example in load_qa(FACTS).eval[:3]]
+    options = [word for question in asked for word in ("--question", question)]
+    said = inlay("answer", runs / "tiny", out, "--doc", "deep/b.txt", *options)
+    expected = run.layout.answer(run.model, store.load(["deep/b.txt"] * 3), asked)
+    assert said == "".join(f"{text}\n" for text in expected)
+    with pytest.raises(StoreError, match=r"no document 'b.txt'; did you mean 'a.txt' or 'deep/b.txt'\?"):
+        inlay("answer", runs / "tiny", out, "--doc", "b.txt", *options)
+    with pytest.raises(StoreError, match="holds 3 documents; say which"):
+        inlay("answer", runs / "tiny", out, *options)
+
+
+def test_the_one_document_of_a_store_need_not_be_named(runs: Path, documents: Path, tmp_path: Path) -> None:
+    inlay("encode", runs / "tiny", documents / "a.txt", tmp_path / "one")
+    example = load_qa(FACTS).eval[0]
+    named = inlay("answer", runs / "tiny", tmp_path / "one", "--doc", "a.txt", "--question", example.question)
+    assert inlay("answer", runs / "tiny", tmp_path / "one", "--question", example.question) == named

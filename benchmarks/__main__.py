@@ -15,14 +15,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import decode, monitor, operation
+from benchmarks import decode, monitor, operation, plan
 from benchmarks.entry import Benchmark, Entry
 from inlay.report.document import replace_atomically
 
 BUSY = 0.75
 """An idle machine gives the operation's entry about nine tenths of its threads' time."""
 
-ENTRIES: dict[str, Benchmark] = {"operation": operation.run, "decode": decode.run, "monitor": monitor.run}
+ENTRIES: dict[str, Benchmark] = {
+    "operation": operation.run,
+    "decode": decode.run,
+    "monitor": monitor.run,
+    "plan": plan.run,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

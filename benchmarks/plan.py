@@ -24,8 +24,7 @@ from benchmarks.entry import Aim, Entry, Progress
 from benchmarks.measure import extra_bytes
 from inlay.data import collate
 from inlay.data.packing import Piece, fill_row
-from inlay.doctor.dry_run import TrainingStep
-from inlay.doctor.plan import plan_memory
+from inlay.doctor.dry_run import TrainingStep, dry_run
 from inlay.fastweight import FastWeightConfig, attach
 
 MIB = 2**20
@@ -35,7 +34,7 @@ _QUICK = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "n
 
 
 def run(quick: bool, device: torch.device, progress: Progress) -> Entry:
-    """Predict and measure every case."""
+    """Predict and measure every case; ``quick``: tiny models."""
     size, tokens = (_QUICK, 96) if quick else (_SIZE, 2048)
     memory = FastWeightConfig(layers=[0, 1] if quick else [1, 4, 7], chunk_size=16 if quick else 256)
     cases = _cases(tokens, device.type)
@@ -43,7 +42,7 @@ def run(quick: bool, device: torch.device, progress: Progress) -> Entry:
     for done, (name, (family, step)) in enumerate(cases.items()):
         progress(done, len(cases), name)
         config = AutoConfig.for_model(family, **size, num_key_value_heads=size["num_attention_heads"], vocab_size=8192)
-        predicted = plan_memory(config, memory, step).peak_bytes
+        predicted = dry_run(config, memory, step).peak.total
         measured = measured_bytes(config, memory, step, device)
         rows.append({"case": name, "predicted": predicted, "measured": measured})
     furthest = max(max(row["predicted"] / row["measured"], row["measured"] / row["predicted"]) for row in rows)
@@ -53,7 +52,14 @@ def run(quick: bool, device: torch.device, progress: Progress) -> Entry:
 
 def measured_bytes(config: PreTrainedConfig, memory: FastWeightConfig, step: TrainingStep, device: torch.device) -> int:
     """Peak bytes of the second of two training steps on ``device``, everything that is held included."""
-    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sequences shorter than a chunk, of deprecated names
+        return _measured_bytes(config, memory, step, device)
+
+
+def _measured_bytes(
+    config: PreTrainedConfig, memory: FastWeightConfig, step: TrainingStep, device: torch.device
+) -> int:
     model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, step.dtype)).to(device).train()
     if step.gradient_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -79,14 +85,12 @@ def measured_bytes(config: PreTrainedConfig, memory: FastWeightConfig, step: Tra
             optimizer.zero_grad()
         return []
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        update()
-        states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-        held = [*model.parameters(), *model.buffers(), *states, *gradients, *batch.values()]
-        before = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
-        return sum(before.values()) + extra_bytes(update, device)
+    update()
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    held = [*model.parameters(), *model.buffers(), *states, *gradients, *batch.values()]
+    before = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+    return sum(before.values()) + extra_bytes(update, device)
 
 
 def batch_of(step: TrainingStep) -> dict[str, Tensor]:

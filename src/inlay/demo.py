@@ -31,7 +31,7 @@ from inlay.report import Code, Headline, Report, Section, save_png, training_cur
 from inlay.report import loss_by_position as plot_loss_by_position
 from inlay.report.provenance import provenance
 from inlay.train import load_recipe, load_run, read_metrics, training_curve
-from inlay.train.run import METRICS, RECIPE
+from inlay.train.directory import METRICS, RECIPE
 
 WITH = "memory"
 

@@ -27,7 +27,7 @@ from inlay.train.compress import (
 from inlay.train.compress_data import ByContext, ContextCollator, tokenise_contexts
 from inlay.train.compress_recipe import CompressRecipe, parse_compress_recipe
 from inlay.train.compress_report import objective_curves, write_compress_report
-from inlay.train.run import RunError
+from inlay.train.directory import RunError
 from inlay.train.trainer import read_metrics
 
 DATA = {"source": "facts", "facts": 2, "questions": 2, "tails": 10, "nouns": 24, "adjectives": 6, "eval_examples": 8}

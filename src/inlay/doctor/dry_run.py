@@ -105,8 +105,8 @@ def dry_run(
             backward runs as far down as it would for the memory.
 
     Raises:
-        PlanError: The model's forward needs numbers that a dry run does not have (which expert a token is routed to), or
-            other inputs than tokens.
+        PlanError: The model's forward needs numbers that a dry run does not have (which expert a token is routed to),
+            or other inputs than tokens.
         AttachError: The memory does not fit the model.
     """
     hidden = functools.partial(_hidden_on_cuda if step.device == "cuda" else _hidden_on_cpu, step)
@@ -122,8 +122,7 @@ def dry_run(
                     shapes = _attach(wrapped, memory, step, plain, allocations)
                 _run(wrapped, step, allocations)
             except RuntimeError as error:
-                name = type(base).__name__
-                raise PlanError(f"a step of {name} cannot be run without numbers, so not be planned: {error}") from error
+                raise PlanError(f"{type(base).__name__} does not run without numbers, so no plan: {error}") from error
     assert allocations.peak is not None
     return Trace(allocations.peak, shapes)
 

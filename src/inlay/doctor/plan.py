@@ -32,6 +32,7 @@ __all__ = [
     "longest_tokens",
     "plan_memory",
     "plan_recipe",
+    "training_step",
 ]
 
 _LENGTHS = (0.5, 1, 2)
@@ -55,7 +56,7 @@ def plan_recipe(recipe: Recipe, *, budget_gb: float | None = None, vocab_size: i
         raise RecipeError(f"{recipe.name} has no memory to plan (memory: null)")
     memory = recipe.memory
     config = _model_config(recipe, vocab_size)
-    step, assumptions = _step(recipe, config)
+    step, assumptions = training_step(recipe, config)
     budget_gb = budget_gb or recipe.doctor.budget_gb
     budget = _device_bytes() if budget_gb is None else int(budget_gb * GB)
 
@@ -120,8 +121,8 @@ def _vocab_size(recipe: Recipe) -> int:
     return len(load_tokenizer(data.tokenizer, []))
 
 
-def _step(recipe: Recipe, config: PreTrainedConfig) -> tuple[TrainingStep, tuple[str, ...]]:
-    """The recipe's training step, and what had to be assumed for it."""
+def training_step(recipe: Recipe, config: PreTrainedConfig) -> tuple[TrainingStep, tuple[str, ...]]:
+    """The training step that a recipe runs on an architecture, and what had to be assumed for it."""
     trainer, data = recipe.trainer, recipe.data
     assumptions = []
     optimizer = str(trainer.get("optim", "adamw_torch_fused"))

@@ -1,9 +1,10 @@
 """Training: recipes, the Trainer, and runs on disk."""
 
+from inlay.train.directory import RunError
 from inlay.train.monitor import MemoryMonitor
 from inlay.train.recipe import Recipe, RecipeError, dump_recipe, load_recipe, parse_recipe
 from inlay.train.report import training_curve, write_run_report
-from inlay.train.run import Run, RunError, build_model, load_run, train
+from inlay.train.run import Run, build_model, load_run, train
 from inlay.train.trainer import InlayTrainer, MetricsFile, read_metrics
 
 __all__ = [

@@ -47,8 +47,7 @@ from inlay.train.compress_trainer import (
     TrainingError,
     stages,
 )
-from inlay.train.directory import refuse_another_run, run_trainer, training_arguments
-from inlay.train.run import DONE, RECIPE, TOKENIZER, RunError
+from inlay.train.directory import DONE, RECIPE, TOKENIZER, RunError, refuse_another_run, run_trainer, training_arguments
 from inlay.train.weights import MODEL
 from inlay.train.yaml_recipe import RecipeError, dump_recipe
 

@@ -10,7 +10,7 @@ from inlay.report import Code, Figure, Headline, Report, Section, training_curve
 from inlay.report.provenance import provenance
 from inlay.train.compress_recipe import CompressRecipe, load_compress_recipe
 from inlay.train.compress_trainer import PRETRAINING
-from inlay.train.run import METRICS, RECIPE
+from inlay.train.directory import METRICS, RECIPE
 from inlay.train.trainer import read_metrics
 from inlay.train.yaml_recipe import dump_recipe
 

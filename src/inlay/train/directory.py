@@ -13,11 +13,20 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from inlay.train.run import METRICS, RECIPE, RunError
+from inlay.fastweight import InlayError
 from inlay.train.trainer import MetricsFile, ProgressBar
 from inlay.train.yaml_recipe import Section, read_recipe
 
+RECIPE = "recipe.yaml"
+METRICS = "metrics.jsonl"
+TOKENIZER = "tokenizer"
+DONE = "finished"
+
 _DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_total_limit": 2}
+
+
+class RunError(InlayError, RuntimeError):
+    """A run's directory is not what was asked for."""
 
 
 def refuse_another_run(directory: Path, recipe: Section, resume: bool) -> None:

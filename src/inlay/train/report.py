@@ -27,9 +27,9 @@ from inlay.report.drawing import draw_curves
 from inlay.report.numbers import short
 from inlay.report.provenance import provenance
 from inlay.report.series import clean
+from inlay.train.directory import METRICS, RECIPE
 from inlay.train.monitor import PREFIX, WARNING
 from inlay.train.recipe import dump_recipe, load_recipe
-from inlay.train.run import METRICS, RECIPE
 from inlay.train.trainer import read_metrics
 
 Curve = tuple[list[float], list[float]]

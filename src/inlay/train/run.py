@@ -24,30 +24,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from inlay.data import Data, PackingStatistics, PretrainedTokenizer, RecallConfig, TextConfig, load_data
 from inlay.doctor.attribution import attribute_gradients
-from inlay.fastweight import InlayError, Memory, attach, attach_pretrained
+from inlay.fastweight import Memory, attach, attach_pretrained
+from inlay.train.directory import (
+    DONE,
+    RECIPE,
+    TOKENIZER,
+    RunError,
+    refuse_another_run,
+    run_trainer,
+    training_arguments,
+)
 from inlay.train.monitor import MemoryMonitor
 from inlay.train.recipe import Recipe, RecipeError, dump_recipe, load_recipe
-from inlay.train.trainer import InlayTrainer, MetricsFile, ProgressBar
+from inlay.train.trainer import InlayTrainer
 from inlay.train.weights import ADAPTER, MEMORY, MODEL, save_base
-
-RECIPE = "recipe.yaml"
-METRICS = "metrics.jsonl"
-TOKENIZER = "tokenizer"
-DONE = "finished"
-
-_DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_total_limit": 2}
-
-
-class RunError(InlayError, RuntimeError):
-    """A run's directory is not what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, console: Con
         MemoryNeverReadError: No document is longer than a chunk.
     """
     console = console or Console(quiet=True)
-    _refuse_another_run(directory, recipe, resume)
+    refuse_another_run(directory, recipe, resume)
     set_seed(recipe.seed)
     data = load_data(recipe.data)
     model = build_model(recipe, data.vocab_size)
@@ -105,39 +99,19 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, console: Con
     directory.mkdir(parents=True, exist_ok=True)
     (directory / RECIPE).write_text(dump_recipe(recipe))
     (directory / DONE).unlink(missing_ok=True)
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        seed=recipe.seed,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        **(_DEFAULTS | {"dataloader_pin_memory": torch.cuda.is_available()} | recipe.trainer),
-    )
-    writer = SummaryWriter(str(directory / "tensorboard"))
     trainer = InlayTrainer(
         memory=memory,
         memory_learning_rate=recipe.memory_learning_rate,
         monitor=None if memory is None else _monitor(memory, model, data, recipe, console),
         model=model,
-        args=arguments,
+        args=training_arguments(directory, recipe.seed, recipe.trainer),
         train_dataset=data.train,
         eval_dataset=data.eval,
         data_collator=data.collate,
-        callbacks=[MetricsFile(directory / METRICS), TensorBoardCallback(writer)],
     )
-    trainer.remove_callback(PrinterCallback)
-    if not arguments.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ProgressBar)
-    last = get_last_checkpoint(str(directory)) if resume else None
-    if last is not None:
-        console.print(f"resuming from {last}")
-    try:
-        outcome = trainer.train(resume_from_checkpoint=last)
-    finally:
-        writer.close()
-
+    metrics = run_trainer(trainer, directory, resume=resume, console=console)
     _save(model, memory, data, recipe, directory)
-    return {key: float(value) for key, value in outcome.metrics.items()}
+    return metrics
 
 
 def build_model(recipe: Recipe, vocab_size: int) -> PreTrainedModel | PeftModel:
@@ -191,20 +165,6 @@ def load_run(directory: Path, *, device: str | torch.device | None = None) -> Ru
     memory = attach_pretrained(model, directory / MEMORY) if recipe.memory is not None else None
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return Run(directory, recipe, model, memory)
-
-
-def _refuse_another_run(directory: Path, recipe: Recipe, resume: bool) -> None:
-    path = directory / RECIPE
-    if path.exists():
-        if not resume:
-            raise RunError(
-                f"{directory} holds a run already. Go on with --resume, start another with name=…, or remove it"
-            )
-        if load_recipe(path).model_copy(update={"trainer": {}}) != recipe.model_copy(update={"trainer": {}}):
-            raise RunError(
-                f"{directory} was trained with another recipe ({path}): only its trainer section may change when it is "
-                "resumed. Resume with that one, or choose another name"
-            )
 
 
 def _attach(model: PreTrainedModel | PeftModel, recipe: Recipe) -> Memory | None:

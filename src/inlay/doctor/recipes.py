@@ -6,6 +6,7 @@ at, nor one whose memory layers do not exist.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from inlay.data import DataError, load_data
 from inlay.doctor.diagnosis import Diagnosis
 from inlay.doctor.examine import Progress, examine
 from inlay.doctor.findings import Examination, Severity
-from inlay.doctor.lint import lint_recipe
+from inlay.doctor.lint import Outcome, lint_model, lint_recipe
 from inlay.doctor.plan import plan_recipe
 from inlay.fastweight import attach
 from inlay.report.provenance import provenance
@@ -61,9 +62,11 @@ def examine_recipe(
     tell("data")
     set_seed(recipe.seed)
     data = load_data(recipe.data)
-    made["lint"] = lint_recipe(recipe, data=data, source=source)
     model = build_model(recipe, data.vocab_size)
-    attach(model, recipe.memory).train_only(recipe.mode)
+    memory = attach(model, recipe.memory).train_only(recipe.mode)
+    lint = lint_recipe(recipe, data=data, source=source)
+    unsaved = Outcome("Weights trained and not saved", tuple(lint_model(memory, model)))
+    made["lint"] = replace(lint, outcomes=(*lint.outcomes, unsaved))
     rows = int(recipe.trainer.get("per_device_train_batch_size", 8))
     measured = examine(
         model,

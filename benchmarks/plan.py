@@ -29,14 +29,14 @@ from inlay.fastweight import FastWeightConfig, attach
 
 MIB = 2**20
 
-_SIZE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12}
+_SIZE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
 _QUICK = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def run(quick: bool, device: torch.device, progress: Progress) -> Entry:
     """Predict and measure every case; ``quick``: tiny models."""
-    size, tokens = (_QUICK, 96) if quick else (_SIZE, 2048)
-    memory = FastWeightConfig(layers=[0, 1] if quick else [1, 4, 7], chunk_size=16 if quick else 256)
+    size, tokens = (_QUICK, 96) if quick else (_SIZE, 1280)
+    memory = FastWeightConfig(layers=[0, 1] if quick else [1, 3, 5], chunk_size=16 if quick else 256)
     cases = _cases(tokens, device.type)
     rows = []
     for done, (name, (family, step)) in enumerate(cases.items()):
@@ -54,12 +54,10 @@ def measured_bytes(config: PreTrainedConfig, memory: FastWeightConfig, step: Tra
     """Peak bytes of the second of two training steps on ``device``, everything that is held included."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sequences shorter than a chunk, of deprecated names
-        return _measured_bytes(config, memory, step, device)
+        return _measure(config, memory, step, device)
 
 
-def _measured_bytes(
-    config: PreTrainedConfig, memory: FastWeightConfig, step: TrainingStep, device: torch.device
-) -> int:
+def _measure(config: PreTrainedConfig, memory: FastWeightConfig, step: TrainingStep, device: torch.device) -> int:
     model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, step.dtype)).to(device).train()
     if step.gradient_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

@@ -161,14 +161,6 @@ def answer(
         console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
-def demo(runs: Runs = Path("runs")) -> None:
-    """Train a small decoder and a compressor for it, and set its answers beside full and cut text, in one report."""
-    from inlay.compress_demo import run_compress_demo
-
-    run_compress_demo(runs / "compress-demo", console)
-
-
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar that is gone when all is done."""

@@ -31,7 +31,7 @@ _MAY_MIX = {aten._to_copy.default, aten.copy_.default, aten.index.Tensor}
 
 
 class Elsewhere(Tensor):
-    """A tensor on the other device; ``cpu`` holds its numbers."""
+    """A tensor on the other device; ``cpu_tensor`` holds its numbers."""
 
     cpu_tensor: Tensor
     is_cuda = True  # what the scan asks, to multiply bfloat16 as it is
@@ -67,7 +67,6 @@ class TwoDevices(TorchDispatchMode):
 
 def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the CPU; its results are where its operands, or ``device``, say."""
-    args = tree_map_only(Tensor, _empty_elsewhere, args)
     operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     there = [operand for operand in operands if isinstance(operand, Elsewhere)]
     here = [operand for operand in operands if not isinstance(operand, Elsewhere) and operand.dim()]
@@ -82,14 +81,6 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if returns and all(each.alias_info is not None and each.alias_info.is_write for each in returns):
         return kwargs.get("out", args[0])
     return tree_map_only(Tensor, Elsewhere, result) if is_there else result
-
-
-def _empty_elsewhere(tensor: Tensor) -> Tensor:
-    """``torch.tensor([], device=…)``, with which a KV cache begins, passes no dispatcher when it is made."""
-    if isinstance(tensor, Elsewhere) or tensor.device.type != ELSEWHERE:
-        return tensor
-    assert not tensor.numel(), "torch.tensor(numbers, device=…) is lost on this device"
-    return Elsewhere(torch.empty(tensor.shape, dtype=tensor.dtype))
 
 
 def elsewhere(model: nn.Module) -> nn.Module:
@@ -110,12 +101,18 @@ def back(tensors: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def other_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Autocast knows no such device: it is off there."""
-    autocast, enabled = torch.autocast, torch.is_autocast_enabled
+    """Autocast knows no such device, so it is off there; and ``torch.tensor`` passes no dispatcher."""
+    autocast, enabled, tensor = torch.autocast, torch.is_autocast_enabled, torch.tensor
+
+    def tensor_there(data: Any, **options: Any) -> Tensor:
+        device = options.get("device")
+        is_there = device is not None and torch.device(device).type == ELSEWHERE
+        return Elsewhere(tensor(data, **options | {"device": "cpu"})) if is_there else tensor(data, **options)
 
     def maybe(device: str, *args: Any, **kwargs: Any) -> Any:
         return contextlib.nullcontext() if device == ELSEWHERE else autocast(device, *args, **kwargs)
 
+    monkeypatch.setattr(torch, "tensor", tensor_there)
     monkeypatch.setattr(torch, "autocast", maybe)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cuda": device != ELSEWHERE and enabled(device))
     with TwoDevices():

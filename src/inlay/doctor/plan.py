@@ -176,7 +176,8 @@ def _changes(recipe: Recipe, step: TrainingStep) -> dict[str, TrainingStep]:
         whole = f"data.min_tokens: {step.tokens} (no padding, no mask)"
         changes[whole] = replace(step, padded=False)
     if step.document_tokens is not None:
-        changes["data.packing: cut (one document a row)"] = replace(step, document_tokens=None)
+        whole = f"data.packing: cut, data.min_tokens: {step.tokens} (one document a row, no mask)"
+        changes[whole] = replace(step, document_tokens=None)
     if step.dtype == "float32":
         changes["model.dtype: bfloat16"] = replace(step, dtype="bfloat16", autocast=None)
     if step.mode != "memory":

@@ -17,7 +17,7 @@ from inlay.doctor.diagnosis import Diagnosis
 from inlay.doctor.examine import Progress, examine
 from inlay.doctor.findings import Examination, Severity
 from inlay.doctor.lint import Outcome, lint_model, lint_recipe
-from inlay.doctor.plan import plan_recipe
+from inlay.doctor.plan import PlanError, plan_recipe
 from inlay.fastweight import attach
 from inlay.report.provenance import provenance
 from inlay.train.recipe import Recipe, RecipeError
@@ -46,18 +46,21 @@ def examine_recipe(
         raise RecipeError(f"{source or recipe.name} has no memory (memory: null): there is nothing to examine")
     tell = progress or (lambda name: None)
     made: dict[str, Examination] = {}
+    skipped: dict[str, str] = {}
 
     def stop(why: str) -> Diagnosis:
-        skipped = {name: why for name in MEASURED if name not in made}
-        return Diagnosis(recipe.name, made, skipped, provenance())
+        return Diagnosis(recipe.name, made, {**skipped, **dict.fromkeys(MEASURED, why)}, provenance())
 
     tell("lint")
     made["lint"] = lint_recipe(recipe, source=source)
     if any(finding.code == "lint.layers" for finding in made["lint"].findings()):
         return stop("the memory cannot be attached, see the lint")
     tell("memory")
-    made["memory"] = plan_recipe(recipe, budget_gb=budget_gb or recipe.doctor.budget_gb)
-    if any(finding.severity is Severity.FATAL for finding in made["memory"].findings()):
+    try:
+        made["memory"] = plan_recipe(recipe, budget_gb=budget_gb)
+    except PlanError as error:
+        skipped["memory"] = str(error)
+    if "memory" in made and any(finding.severity is Severity.FATAL for finding in made["memory"].findings()):
         return stop("the training step does not fit, so the model was not built")
     tell("data")
     set_seed(recipe.seed)
@@ -75,7 +78,7 @@ def examine_recipe(
         frame_rate=recipe.doctor.frame_rate,
         progress=progress,
     )
-    return Diagnosis(recipe.name, {**measured.examinations, **made}, provenance=provenance())
+    return Diagnosis(recipe.name, {**measured.examinations, **made}, skipped, provenance())
 
 
 def _longer_batch(recipe: Recipe, rows: int) -> dict[str, Tensor] | None:

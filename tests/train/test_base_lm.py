@@ -1,0 +1,60 @@
+"""The small decoder: trained once, kept by a hash of all it depends on, and honest about how well it answers."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from inlay.train.base_lm import base_outcome, build_base_lm
+from inlay.train.compress_recipe import CompressRecipe, load_compress_recipe
+
+OVERRIDES = [
+    "decoder.config.hidden_size=32",
+    "decoder.config.intermediate_size=64",
+    "decoder.config.num_attention_heads=2",
+    "decoder.config.num_key_value_heads=2",
+    "base.stages=[{facts: 2, max_steps: 6}]",
+    "base.batch_size=16",
+    "data.facts=2",
+]
+
+
+def recipe(*overrides: str) -> CompressRecipe:
+    return load_compress_recipe(Path("src/inlay/recipes/facts.yaml"), [*OVERRIDES, *overrides])
+
+
+def built(tmp_path: Path, *overrides: str) -> tuple[Any, str]:
+    console = Console(file=StringIO(), width=200)
+    model, _ = build_base_lm(recipe(*overrides), console, cache_dir=tmp_path)
+    assert isinstance(console.file, StringIO)
+    return model, console.file.getvalue()
+
+
+def test_it_is_trained_once_and_then_taken_from_the_cache(tmp_path: Path) -> None:
+    first, _ = built(tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    again, _ = built(tmp_path)
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    weights = again.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in first.state_dict().items())
+    assert base_outcome(recipe(), cache_dir=tmp_path).steps == 6  # type: ignore[union-attr]
+
+
+def test_another_recipe_is_another_model(tmp_path: Path) -> None:
+    built(tmp_path)
+    assert base_outcome(recipe("seed=1"), cache_dir=tmp_path) is None
+    assert base_outcome(recipe("base.learning_rate=1e-3"), cache_dir=tmp_path) is None
+    # What the compressor is changes nothing about the decoder.
+    assert base_outcome(recipe("compressor.ratios=[2]"), cache_dir=tmp_path) is not None
+
+
+def test_a_decoder_that_cannot_answer_is_said_to_be_one(tmp_path: Path) -> None:
+    """Six steps teach nothing: 0 % of full texts are answered, and the recipe wants 98."""
+    _, said = built(tmp_path)
+    assert "exactly" in said
+    assert "base.exact_match is 98 %" in said
+    assert not base_outcome(recipe(), cache_dir=tmp_path).reached  # type: ignore[union-attr]

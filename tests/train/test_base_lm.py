@@ -20,6 +20,8 @@ OVERRIDES = [
     "base.stages=[{facts: 2, max_steps: 6}]",
     "base.batch_size=16",
     "data.facts=2",
+    "data.questions=2",
+    "questions_per_context=2",
 ]
 
 

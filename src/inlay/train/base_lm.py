@@ -134,7 +134,7 @@ def train_base_lm(
     set_seed(recipe.seed)
     tokenizer = facts_tokenizer(data)
     layout = recipe.layout.bind(tokenizer)
-    model = _untrained(recipe, tokenizer)
+    model = untrained_lm(recipe, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=base.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     contexts = max(1, base.batch_size // data.questions)
     began, steps, found = time.monotonic(), 0, 0.0
@@ -228,7 +228,12 @@ def _held_out(facts: FactsConfig, count: int) -> list[QAExample]:
     return [facts_context(facts, "eval", first + place)[place % facts.questions] for place in range(count)]
 
 
-def _untrained(recipe: CompressRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def untrained_lm(recipe: CompressRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The architecture of ``recipe.decoder.config`` with random weights, in float32, on the device it is trained on.
+
+    Raises:
+        RecipeError: The architecture is unknown, or its vocabulary too small for the tokenizer.
+    """
     section = recipe.decoder
     assert section.config is not None
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}

@@ -61,6 +61,7 @@ __all__ = [
     "TrainingError",
     "build_task",
     "load_compress_run",
+    "load_decoder",
     "train_compressor",
 ]
 
@@ -182,7 +183,7 @@ def load_compress_run(directory: Path, *, device: str | torch.device | None = No
         raise RunError(
             f"the run in {directory} has not finished; go on with: inlay compress train {directory / RECIPE} --resume"
         )
-    base, tokenizer = _saved_decoder(recipe, directory)
+    base, tokenizer = load_decoder(recipe, directory)
     model: PreTrainedModel | PeftModel = base.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if (directory / DECODER_ADAPTER).is_dir():
         model = PeftModel.from_pretrained(base, str(directory / DECODER_ADAPTER))
@@ -198,11 +199,19 @@ def _decoder(
         from inlay.train.base_lm import build_base_lm
 
         return build_base_lm(recipe, console)
-    return _saved_decoder(recipe, directory)
+    return load_decoder(recipe, directory)
 
 
-def _saved_decoder(recipe: CompressRecipe, directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """From ``model/`` and ``tokenizer/`` of the run, or from where the recipe says."""
+def load_decoder(recipe: CompressRecipe, directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The decoder, without adapters, from ``model/`` and ``tokenizer/`` of a run, or from where the recipe says.
+
+    Args:
+        recipe: With ``decoder.name_or_path``, or the run's own.
+        directory: Of the run; one that holds neither is not looked at.
+
+    Raises:
+        DataError: The tokenizer cannot be loaded.
+    """
     section = recipe.decoder
     options = {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
     own = directory / MODEL

@@ -15,6 +15,8 @@ from inlay.cli_compress import app
 from inlay.data import FactsConfig, facts_tokenizer, load_qa
 from inlay.softtoken.store import SoftTokenStore, StoreError
 from inlay.train.compress import load_compress_run
+from inlay.train.directory import RunError
+from inlay.train.trainer import read_metrics
 
 DATA = {"source": "facts", "facts": 2, "questions": 2, "tails": 10, "nouns": 24, "adjectives": 6, "eval_examples": 8}
 FACTS = FactsConfig.model_validate(DATA)
@@ -63,6 +65,21 @@ def documents(runs: Path) -> Path:
     (runs / "docs" / "deep" / "b.txt").write_text(contexts[1])
     (runs / "docs" / "c.jsonl").write_text(json.dumps({"id": "line", "text": contexts[2]}))
     return runs / "docs"
+
+
+def test_a_run_is_gone_on_with_or_refused_as_any_other(runs: Path) -> None:
+    words = ("train", runs / "recipe.yaml", "name=again", "trainer.save_steps=2", "trainer.logging_steps=1")
+    inlay(*words, "trainer.max_steps=2", "--runs", runs)
+    with pytest.raises(RunError, match="Go on with --resume"):
+        inlay(*words, "trainer.max_steps=2", "--runs", runs)
+    with pytest.raises(RunError, match="another recipe"):
+        inlay(*words, "seed=1", "--runs", runs, "--resume")
+    said = inlay(*words, "trainer.max_steps=3", "--runs", runs, "--resume")
+    assert "resuming from" in said
+    assert "checkpoint-2" in said.replace("\n", "")
+    lines = [line["step"] for line in read_metrics(runs / "again" / "metrics.jsonl") if "loss" in line]
+    assert lines == [1, 2, 3]
+    assert load_compress_run(runs / "again").recipe.trainer["max_steps"] == 3
 
 
 def test_a_run_is_evaluated_beside_its_baselines_and_reported(runs: Path) -> None:

@@ -40,6 +40,7 @@ class Run:
     model: Any
     compressor: Compressor[Any]
     layout: BoundLayout
+    context_tokens: int | None = None
 
 
 def a_run(*, seed: int = 0, learned: bool = False, **changes: Any) -> Run:

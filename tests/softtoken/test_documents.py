@@ -12,6 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -146,6 +147,24 @@ def test_what_was_compressed_before_an_error_is_kept(tmp_path: Path) -> None:
         encode_documents(run, documents, tmp_path, batch_size=2, progress=interrupt)
     assert 0 < len(SoftTokenStore.open(tmp_path).documents) < 8
     assert encode_documents(run, documents, tmp_path, batch_size=2, resume=True).skipped > 0
+
+
+def test_documents_are_cut_where_the_contexts_of_training_were(tmp_path: Path) -> None:
+    run = replace(a_run(), context_tokens=16)
+    documents = texts(8)
+    report = encode_documents(run, documents, tmp_path / "cut", ratio=8)
+    store = SoftTokenStore.open(tmp_path / "cut")
+    long = 0
+    for name, text in documents:
+        ids = tokenise(byte_level(), text, plain=True)
+        long += len(ids) > 16
+        assert store.documents[name].tokens == min(16, len(ids))
+        expected = run.compressor.compress(torch.tensor([ids[:16]]), ratio=8)
+        assert_close(tensors(store.load([name]))[0], tensors(expected)[0], 1e-5, name)
+    assert 0 < long < 8
+    assert report.cut == long
+    assert f"{long} cut at the run's context_tokens" in str(report)
+    assert encode_documents(run, documents, tmp_path / "cut", ratio=8, resume=True).skipped == 8
 
 
 # Killed in the middle
@@ -301,11 +320,11 @@ def test_files_and_lines_that_cannot_be_used_are_all_listed(tmp_path: Path) -> N
         read_documents(str(tmp_path))
     for said in [
         "a.txt:1: is not UTF-8",
-        "b.jsonl:1: field 'text' should be a text; got None (its fields: 'id')",
-        "b.jsonl:2: is no JSON that can be read (Expecting value",
-        "b.jsonl:3: should be a JSON object; got [1]",
+        "b.jsonl:1: has no field 'text' (its fields: 'id')",
+        "b.jsonl:2: is no JSON (Expecting value",
+        "b.jsonl:3: is no JSON object but an array",
         "b.jsonl:4: field 'id' should be a string or a number; got []",
-        "b.jsonl:5: field 'text' should be a text; got ' '",
+        "b.jsonl:5: field 'text' is empty",
         "c.jsonl: is empty",
     ]:
         assert said in str(caught.value)

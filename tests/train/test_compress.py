@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
@@ -252,6 +253,23 @@ def test_each_objective_is_logged_by_itself_and_the_loss_is_their_weighted_sum(t
     report = write_compress_report(tmp_path / "run").read_text()
     assert "distillation" in report
     assert report.count("<svg") >= 2
+
+
+def test_tensorboard_has_what_metrics_jsonl_has_of_both_stages(tmp_path: Path, decoder: Path) -> None:
+    evaluating = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
+    asked = recipe(decoder, evaluating, pretraining={"max_steps": 2, "continuation": 0.0})
+    train_compressor(asked, tmp_path / "run")
+    for directory, objective in ((tmp_path / "run", "answer"), (tmp_path / "run" / "pretraining", "reconstruction")):
+        events = EventAccumulator(str(directory / "tensorboard"))
+        events.Reload()
+        for split, prefix in (("train", ""), ("eval", "eval_")):
+            tag = f"{split}/loss/{objective}"
+            written = [(event.step, event.value) for event in events.Scalars(tag)]
+            lines = [line for line in read_metrics(directory / "metrics.jsonl") if f"{prefix}loss/{objective}" in line]
+            assert [step for step, _ in written] == [line["step"] for line in lines] != []
+            assert [value for _, value in written] == pytest.approx(
+                [line[f"{prefix}loss/{objective}"] for line in lines]
+            )
 
 
 def test_one_compressor_is_trained_at_every_ratio(tmp_path: Path, decoder: Path) -> None:

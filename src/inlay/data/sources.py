@@ -11,6 +11,7 @@ import glob
 import gzip
 import hashlib
 import json
+import reprlib
 import sysconfig
 import tokenize
 import zlib
@@ -23,6 +24,9 @@ from inlay.data.config import Paths, TextConfig
 from inlay.data.problems import DataError, Problems
 
 Split = Literal["train", "eval"]
+
+JSONL = (".jsonl", ".jsonl.gz")
+"""How names of files with a JSON object on each line end."""
 
 # Installed packages are not the library; tests hold files that break on purpose; tables of characters and the
 # one-file copy of the language reference are generated, and would be the longest documents of all.
@@ -142,21 +146,36 @@ def read_jsonl(paths: Paths, text_field: str, problems: Problems) -> Iterator[Do
 
     A line must be a JSON object whose `text_field` is a string with text in it.
     """
-    for path, name in find_files(paths, suffixes=(".jsonl", ".jsonl.gz")):
-        number = 0
-        try:
-            with _open_binary(path) as lines:
-                for number, line in enumerate(lines, 1):
-                    if not line.strip():
-                        continue
-                    text = _text_of_line(line, text_field)
-                    if isinstance(text, _Bad):
-                        problems.report(f"{path}:{number}", text.reason)
-                    else:
-                        yield Document(f"{name}:{number}", text)
-        except (OSError, EOFError, zlib.error) as error:
-            problems.report(f"{path}:{number + 1}", f"cannot be read ({error})")
-            continue
+    for path, name in find_files(paths, suffixes=JSONL):
+        yield from read_jsonl_file(path, name, text_field, problems)
+
+
+def read_jsonl_file(
+    path: Path, name: str, text_field: str, problems: Problems, *, id_field: str | None = None
+) -> Iterator[Document]:
+    """Yield the documents of one file, as `read_jsonl`.
+
+    Args:
+        path: the file.
+        name: what it is called; a document is then `name:line`.
+        text_field: key of a line's text.
+        problems: takes what cannot be read.
+        id_field: key of a string or number by which a line is called instead, where it has one.
+    """
+    number = 0
+    try:
+        with _open_binary(path) as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                document = _document_of_line(line, f"{name}:{number}", text_field, id_field)
+                if isinstance(document, _Bad):
+                    problems.report(f"{path}:{number}", document.reason)
+                else:
+                    yield document
+    except (OSError, EOFError, zlib.error) as error:
+        problems.report(f"{path}:{number + 1}", f"cannot be read ({error})")
+    else:
         if number == 0:
             problems.report(str(path), "is empty")
 
@@ -236,7 +255,7 @@ def _undecodable(byte: int, offset: int) -> str:
     return f"is not UTF-8 (byte 0x{byte:02x} at offset {offset})"
 
 
-def _text_of_line(line: bytes, text_field: str) -> str | _Bad:
+def _document_of_line(line: bytes, place: str, text_field: str, id_field: str | None) -> Document | _Bad:
     try:
         row = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
@@ -250,7 +269,13 @@ def _text_of_line(line: bytes, text_field: str) -> str | _Bad:
     if text_field not in row:
         keys = ", ".join(map(repr, list(row)[:8])) or "none"
         return _Bad(f"has no field {text_field!r} (its fields: {keys})")
-    return _checked_text(row[text_field], f"field {text_field!r}")
+    text = _checked_text(row[text_field], f"field {text_field!r}")
+    if isinstance(text, _Bad):
+        return text
+    name = place if id_field is None else row.get(id_field, place)
+    if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+        return _Bad(f"field {id_field!r} should be a string or a number; got {reprlib.repr(name)}")
+    return Document(str(name), text)
 
 
 def _checked_text(text: object, what: str) -> str | _Bad:

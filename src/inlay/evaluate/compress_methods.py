@@ -20,7 +20,6 @@ import torch
 from inlay.data import QAExample
 from inlay.evaluate.scoring import EvaluationError, device_of
 from inlay.softtoken.compressors import BaseCompressorConfig, Compressor, PoolConfig, build_compressor
-from inlay.softtoken.pieces import tokenise
 from inlay.softtoken.prompting import BoundLayout
 from inlay.softtoken.tokens import SoftTokens, embed_text
 
@@ -78,7 +77,7 @@ def context_ids(layout: BoundLayout, examples: Sequence[QAExample], limit: int |
     known: dict[str, Ids] = {}
     for example in examples:
         if example.context not in known:
-            known[example.context] = tuple(tokenise(layout.tokenizer, example.context, plain=True)[:limit])
+            known[example.context] = tuple(layout.context_ids(example.context, limit))
         if not known[example.context]:
             raise EvaluationError(f"the context of {example.id!r} has no token; leave the example out")
     return [known[example.context] for example in examples]

@@ -24,7 +24,6 @@ from transformers import DynamicCache
 
 from inlay.data import Document
 from inlay.softtoken.compressors import Compressor, CompressorError
-from inlay.softtoken.pieces import tokenise
 from inlay.softtoken.prompting import BoundLayout
 from inlay.softtoken.prompting import evaluating as evaluating
 from inlay.softtoken.store import SHARD_SECONDS, SoftTokenStore, StoredDocument, StoreError, StoreWriter, hash_text
@@ -49,6 +48,10 @@ class Reader(Protocol):
     def layout(self) -> BoundLayout:
         """What stands around the slots."""
 
+    @property
+    def context_tokens(self) -> int | None:
+        """Tokens behind which contexts were cut in training; None: they were read whole."""
+
 
 @dataclass(frozen=True)
 class EncodeReport:
@@ -58,6 +61,7 @@ class EncodeReport:
         encoded: Documents compressed, the replaced ones among them.
         replaced: Documents whose old slots were replaced.
         skipped: Documents that were there already.
+        cut: Documents compressed of which only the first ``context_tokens`` were read.
         tokens: Tokens compressed.
         slots: Slots that they became.
         nbytes: Bytes of these slots.
@@ -67,6 +71,7 @@ class EncodeReport:
     encoded: int
     replaced: int
     skipped: int
+    cut: int
     tokens: int
     slots: int
     nbytes: int
@@ -76,6 +81,7 @@ class EncodeReport:
         done = f"{self.encoded:,} document{'s' * (self.encoded != 1)} encoded in {self.seconds:,.1f} s"
         notes = [f"{self.replaced:,} of them replaced"] * bool(self.replaced)
         notes += [f"{self.skipped:,} more were there already"] * bool(self.skipped)
+        notes += [f"{self.cut:,} cut at the run's context_tokens"] * bool(self.cut)
         size = f"{self.tokens:,} tokens in {self.slots:,} slots, {self.nbytes / 2**20:,.2f} MiB"
         return "; ".join([done, *notes, *[size] * bool(self.encoded)])
 
@@ -94,6 +100,8 @@ def encode_documents(
     progress: Progress | None = None,
 ) -> EncodeReport:
     """Compress ``documents`` into the store in the folder ``out``.
+
+    A document is cut where the run's ``context_tokens`` cut the contexts that the compressor was trained on.
 
     Args:
         run: A loaded compression run.
@@ -151,6 +159,7 @@ def encode_documents(
         encoded=len(pending),
         replaced=len(changed),
         skipped=len(same),
+        cut=sum(one.cut for one in pending),
         tokens=total,
         slots=sum(one.note.slots for one in pending),
         nbytes=nbytes,
@@ -209,6 +218,8 @@ class _Pending:
     note: StoredDocument
     ids: Tensor
     """`[tokens]` int32: half of what a list takes is too much where all documents wait at once."""
+    cut: bool
+    """There is more of it than is read."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +232,8 @@ class _Planner:
 
     def plan(self, name: str, text: str) -> _Pending:
         """Tokenise a document and count its slots."""
-        ids = tokenise(self.run.layout.tokenizer, text, plain=True)
+        whole = self.run.layout.context_ids(text)
+        ids = whole[: self.run.context_tokens]
         if not ids:
             raise CompressorError(f"{name!r} has no tokens; leave it out")
         try:
@@ -229,7 +241,9 @@ class _Planner:
         except CompressorError as error:
             raise CompressorError(f"{name!r}: {error}") from error
         return _Pending(
-            StoredDocument(name, hash_text(text), len(ids), count, self.ratio), torch.tensor(ids, dtype=torch.int32)
+            StoredDocument(name, hash_text(text), len(ids), count, self.ratio),
+            torch.tensor(ids, dtype=torch.int32),
+            cut=len(ids) < len(whole),
         )
 
     def compare(self, texts: dict[str, str], stored: Iterable[StoredDocument]) -> tuple[set[str], list[str]]:

@@ -92,6 +92,15 @@ class Wording:
             after = text or after
         return Prompt(self._pieces_before, (*self._bos_after, *(piece for piece in pieces if piece.ids)))
 
+    def context_ids(self, context: str, limit: int | None = None) -> list[int]:
+        """The ids of a context as it is read before it is in slots: plain text, without what stands around the memory.
+
+        Args:
+            context: The text.
+            limit: Tokens behind which it is cut, a recipe's ``context_tokens``; None for none.
+        """
+        return tokenise(self.tokenizer, context, plain=True)[:limit]
+
     def answer_ids(self, references: str | Sequence[str]) -> list[int]:
         """The supervised ids of one example: its answer and the end token.
 

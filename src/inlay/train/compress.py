@@ -86,6 +86,11 @@ class CompressRun:
     layout: BoundLayout
     tokenizer: PreTrainedTokenizerFast
 
+    @property
+    def context_tokens(self) -> int | None:
+        """Tokens behind which contexts are cut, as the recipe says; None reads them whole."""
+        return self.recipe.context_tokens
+
 
 def train_compressor(
     recipe: CompressRecipe,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from inlay.data import FactsDataset, QAExample
-from inlay.softtoken.pieces import tokenise
 from inlay.softtoken.prompting import BoundLayout
 
 
@@ -69,7 +68,7 @@ def tokenise_contexts(layout: BoundLayout, contexts: Sequence[str], limit: int |
     Returns:
         Ids `[C, S]` int64 and mask `[C, S]` bool, padding on the right.
     """
-    rows = [tokenise(layout.tokenizer, context, plain=True)[:limit] for context in contexts]
+    rows = [layout.context_ids(context, limit) for context in contexts]
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
     ids = torch.zeros(mask.shape, dtype=torch.long)

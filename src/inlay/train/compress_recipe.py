@@ -140,7 +140,7 @@ class PretrainingSection(Section):
     def _trainer_takes_these(cls, value: dict[str, Any]) -> dict[str, Any]:
         if "max_steps" in value:
             raise ValueError("max_steps is the section's own; take it out of trainer")
-        return check_trainer(value)
+        return _check_trainer(value)
 
     @model_validator(mode="after")
     def _something_is_learned(self) -> PretrainingSection:
@@ -220,7 +220,7 @@ class CompressRecipe(Section):
     @field_validator("trainer")
     @classmethod
     def _trainer_takes_these(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return check_trainer(value)
+        return _check_trainer(value)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> CompressRecipe:
@@ -252,6 +252,16 @@ class CompressRecipe(Section):
     def draws(self) -> tuple[int | None, ...]:
         """What a step draws its ratio from; None alone where the compressor has a fixed number of slots."""
         return (None,) if self.compressor.slots is not None else self.compressor.ratios
+
+
+def _check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that ``TrainingArguments`` takes and that have an effect on a compression run."""
+    if arguments.get("label_smoothing_factor"):
+        raise ValueError(
+            "label_smoothing_factor has no effect: it is for a loss that the Trainer computes from a model's logits, "
+            "and here the loss is the recipe's objectives; take it out"
+        )
+    return check_trainer(arguments)
 
 
 def load_compress_recipe(path: str | Path, overrides: Sequence[str] = ()) -> CompressRecipe:

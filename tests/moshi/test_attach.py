@@ -17,9 +17,10 @@ from torch import Tensor, nn
 import inlay
 from inlay import AttachError, CheckpointError, FastWeightConfig
 from inlay.fastweight import FastWeightLinear, fast_weight_linear_reference
+from inlay.moshi import require_moshi
 from inlay.moshi.gating import ModularGating
 from tests.closeness import assert_close, relative_error
-from tests.moshi.models import BLOCKS, TEXT_CARD, WIDTH, make_codes, make_lm, outputs
+from tests.moshi.models import TEXT_CARD, WIDTH, make_codes, make_lm, outputs
 
 CONFIG = FastWeightConfig(layers=[0, 2], chunk_size=8, eta=0.1)
 
@@ -55,10 +56,7 @@ def test_upstreams_gating_is_bit_equal_to_the_one_that_stands_in() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         theirs = ActivationGating(WIDTH, 33, F.silu, dtype=dtype)
         x = torch.randn(2, 7, WIDTH, dtype=dtype)
-        from moshi.utils.compile import no_compile
-
-        with no_compile():
-            assert torch.equal(ModularGating(theirs)(x), theirs(x))
+        assert torch.equal(ModularGating(theirs)(x), theirs(x))
 
 
 def test_the_memory_is_in_the_main_transformer_and_nowhere_else() -> None:
@@ -123,10 +121,11 @@ def test_document_ids_reach_the_memory(entry: str) -> None:
     whole, reset = run(codes), run(codes, document_ids=ids)
     assert torch.equal(whole[:20], reset[:20])
     assert relative_error(reset[20:], whole[20:]) > 1e-3
-    for layer in lm.transformer.layers:
-        layer.self_attn.context = 1  # so that only the memory can tell one document of the other
-    reset = run(codes, document_ids=ids)[21:]
-    assert_close(reset, run(codes[..., 20:])[1:], 1e-5, "the second document by itself")
+    if entry == "forward_text":  # the model's forward delays codes across the documents
+        for layer in lm.transformer.layers:
+            layer.self_attn.context = 1  # so that only the memory can tell one document of the other
+        alone = run(codes[..., 20:])
+        assert_close(run(codes, document_ids=ids)[20:], alone, 1e-5, "the second document by itself")
     carry = run(codes)
     with memory.using(boundary="carry"):
         assert torch.equal(run(codes, document_ids=ids), carry)
@@ -150,7 +149,7 @@ def test_moshis_own_checkpointing_gives_the_same_gradients(trainable: str) -> No
         torch.stack(losses).sum().backward()
         gradients.append({n: p.grad for n, p in lm.named_parameters() if p.grad is not None})
     plain, recomputed = gradients
-    assert plain.keys() == recomputed.keys() and len(plain) > 0
+    assert plain.keys() == recomputed.keys() != set()
     for name in plain:
         assert_close(recomputed[name], plain[name], 1e-6, name)
 
@@ -160,7 +159,7 @@ def test_checkpointing_runs_each_block_twice_and_its_memory_counts_once() -> Non
     lm.train()
     lm.transformer.checkpointing = True
     runs = []
-    lm.transformer.layers[3].linear = lm.transformer.layers[3].gating.register_forward_hook(lambda *_: runs.append(1))
+    lm.transformer.layers[3].self_attn.register_forward_hook(lambda *_: runs.append(1))
     audio, _ = outputs(lm, make_codes())
     audio.sum().backward()
     assert len(runs) == 2
@@ -201,6 +200,7 @@ def test_kyutais_lora_and_the_memory_go_together(order: str) -> None:
     assert any("lora_B" in name for name in chosen)
     assert all(".lora_" in name or ".target." in name for name in chosen)
     memory.detach()
+    lm.requires_grad_(True)  # matmul picks its kernel by that
     assert not any(isinstance(module, FastWeightLinear | ModularGating) for module in lm.modules())
     assert torch.equal(outputs(lm, codes)[0], outputs(reference, codes)[0])
 
@@ -237,20 +237,19 @@ def test_hidden_targets_take_the_input_of_the_gating() -> None:
         inlay.attach(make_lm(gating="none", depformer_gating="silu"), FastWeightConfig(layers=[0], target="hidden"))
 
 
-@pytest.mark.parametrize("missing", ["moshi", "sphn"])
-def test_without_kyutais_package_inlay_works_and_the_moshi_part_says_what_to_install(missing: str) -> None:
+def test_without_kyutais_package_inlay_works_and_the_moshi_part_says_what_to_install() -> None:
     script = (
-        f"import sys; sys.modules[{missing!r}] = None\n"
+        "import sys; sys.modules['moshi'] = None\n"
         "import inlay\n"
         "try:\n    import inlay.moshi\n"
-        "except inlay.InlayError as error:\n    print(type(error).__mro__[2].__name__, error)\n"
-        "assert 'moshi.models' not in sys.modules or sys.modules['moshi'] is not None\n"
+        "except inlay.InlayError as error:\n    print(error)\n"
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "'moshi' cannot be imported" in out
     assert "pip install --no-deps moshi==0.2.13" in out
-    assert "pip install sphn sentencepiece einops" in out
-    assert repr(missing) in out
 
 
-def test_blocks_count() -> None:
-    assert len(make_lm().transformer.layers) == BLOCKS
+def test_what_kyutais_package_needs_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sphn", None)
+    with pytest.raises(ImportError, match="'sphn' cannot be imported[^$]*pip install sphn sentencepiece einops"):
+        require_moshi()

@@ -46,16 +46,16 @@ def describe_model(model: nn.Module, decoder: Decoder) -> dict[str, Any]:
     """What a saved memory notes of its model, to be refused by another one."""
     config = getattr(model, "config", None)
     return {
-        "type": getattr(config, "model_type", type(model).__name__),
+        "type": getattr(config, "model_type", type(decoder.model or model).__name__),
         "blocks": len(decoder.blocks),
         "projection": decoder.projection,
     }
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the steps that PEFT and torch.compile put in."""
+    """A parameter's name without the steps that PEFT, Kyutai's LoRA and torch.compile put in."""
     name = name.removeprefix("_orig_mod.").removeprefix("base_model.model.")
-    return name.replace("._orig_mod.", ".").replace(".base_layer.", ".")
+    return name.replace("._orig_mod.", ".").replace(".base_layer.", ".").replace(".frozen_W.", ".")
 
 
 def write(

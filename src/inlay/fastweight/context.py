@@ -1,27 +1,23 @@
 """What one forward of the model tells its memory layers: the documents of its tokens, and the embeddings X0.
 
 A memory layer sits deep inside a block and sees only the input of one linear layer. What else it needs is gathered by
-hooks on the model, its decoder and the first block into a ``ForwardContext`` that lives for one forward.
-
-Gradient checkpointing runs blocks again during the backward, when other forwards may have come and gone (a teacher and
-a student). So while a forward runs, the checkpointing function of each block with a memory is wrapped: the wrapper
-remembers this forward's context and hands X0 through the checkpoint as an input, whose gradient then flows as it
-should, with reentrant and non-reentrant checkpointing alike.
+hooks on the model, its decoder and the first block into a ``ForwardContext`` that lives for one forward. How a block
+that is run again in the backward finds it: :mod:`inlay.fastweight.checkpointing`.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inlay.fastweight.chunks import ChunkLayout, chunk_layout
 from inlay.fastweight.state import FastWeightState
+from inlay.fastweight.stepping import StepState
 from inlay.fastweight.streaming import MemoryState
 
 
@@ -40,6 +36,7 @@ class ForwardContext:
         state: What the rows have read before this forward and will have after it; None for a stateless one.
         appends: Whether every row only adds tokens to its open chunk (decoding), so that the state is written in place.
         commits: Whether some row's open chunk is full and has to be written first.
+        steps: The fixed buffers that it goes on from instead, in a model that streams.
     """
 
     documents: Tensor | None = None
@@ -52,7 +49,8 @@ class ForwardContext:
     state: MemoryState | None = None
     appends: bool = False
     commits: bool = False
-    unwrap: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    steps: StepState | None = None
+    unwrap: list[Callable[[], None]] = field(default_factory=list)
     _layouts: dict[tuple[int, int, int], ChunkLayout] = field(default_factory=dict)
 
     def layout(self, z: Tensor, chunk_size: int, state: FastWeightState | None = None) -> ChunkLayout:
@@ -85,53 +83,6 @@ class ContextHolder:
             yield
         finally:
             self.current = before
-
-
-def wrap_checkpointing(holder: ContextHolder, blocks: list[nn.Module], context: ForwardContext) -> None:
-    """Let the checkpointed ``blocks`` find ``context`` again when the backward recomputes them.
-
-    Args:
-        holder: Where the layers look for their context.
-        blocks: The model's first block and those with a memory.
-        context: Of the forward that begins.
-
-    Undone by :func:`unwrap_checkpointing` when the forward ends.
-    """
-    for block in {id(block): block for block in blocks}.values():
-        function = block.__dict__.get("_gradient_checkpointing_func")
-        if function is None or not getattr(block, "gradient_checkpointing", False):
-            continue
-        context.unwrap.append((block, function))
-        block.__dict__["_gradient_checkpointing_func"] = functools.partial(_checkpoint, function, holder, context)
-
-
-def unwrap_checkpointing(context: ForwardContext) -> None:
-    """Give the blocks their own checkpointing function back."""
-    while context.unwrap:
-        block, function = context.unwrap.pop()
-        block.__dict__["_gradient_checkpointing_func"] = function
-
-
-def _checkpoint(
-    function: Callable[..., Any],
-    holder: ContextHolder,
-    context: ForwardContext,
-    block: Callable[..., Any],
-    hidden: Tensor,
-    *args: Any,
-) -> Any:
-    """Checkpoint ``block(hidden, *args)`` with this forward's X0 as one more input."""
-    if context.x0 is None:  # older transformers run the first block's hooks inside the checkpoint, which is too late
-        context.x0 = hidden
-    runs = 0
-
-    def run(x0: Tensor, hidden: Tensor, *args: Any) -> Any:
-        nonlocal runs
-        runs += 1
-        with holder.using(replace(context, x0=x0, recomputing=runs > 1)):
-            return block(hidden, *args)
-
-    return function(run, context.x0, hidden, *args)
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -6,6 +6,7 @@ The only place that knows. A new family is a line of ``FAMILIES``; a single odd 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from torch import nn
@@ -47,6 +48,22 @@ class Site:
     """What holds the projection: the MLP, or a PEFT layer around it."""
     name: str
     projection: nn.Module
+    replaced: nn.Module | None = None
+    """What ``mlp`` stands in for within ``block`` while a memory is attached; None: nothing."""
+
+    def install(self) -> None:
+        """Put ``mlp`` where it belongs, if it is not the block's own."""
+        self._swap(self.replaced, self.mlp)
+
+    def restore(self) -> None:
+        """Give the block its own module back."""
+        self._swap(self.mlp, self.replaced)
+
+    def _swap(self, old: nn.Module | None, new: nn.Module | None) -> None:
+        for module in list(self.block.modules()) if self.replaced is not None else ():
+            for name, child in module._modules.items():
+                if child is old:
+                    module._modules[name] = new
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,12 @@ class Decoder:
     blocks: nn.ModuleList
     projection: str
     """Path from a block to its down projection."""
+    model: nn.Module | None = None
+    """The model around ``module`` that users call, where it is not the one that they attach to or a PEFT model."""
+    entrances: tuple[str, ...] = ()
+    """Methods of ``model`` that run ``module`` past the model's forward."""
+    checkpointing: str | None = None
+    """Attribute of ``module`` that, when true, makes it run its blocks under torch's checkpointing by itself."""
 
     def site(self, index: int) -> Site:
         """The down projection of block ``index``.
@@ -68,14 +91,19 @@ class Decoder:
         block = self.blocks[index]
         mlp, name, projection = self._look_up(block)
         parent = mlp
-        while isinstance(projection, nn.Module) and isinstance(getattr(projection, "base_layer", None), nn.Module):
-            parent, name, projection = projection, "base_layer", projection.base_layer  # PEFT came first: go below it
+        replaced: nn.Module | None = None
+        if mlp is not None and _reads_raw_weights(mlp):
+            from inlay.moshi.gating import ModularGating
+
+            mlp, replaced = ModularGating(mlp), mlp
+        while isinstance(projection, nn.Module) and (below := _wrapped_linear(projection)):
+            parent, name, projection = projection, below, getattr(projection, below)  # LoRA came first: go below it
         if mlp is not None and parent is not None and isinstance(projection, nn.Linear | Conv1D):
-            return Site(index, block, mlp, parent, name, projection)
+            return Site(index, block, mlp, parent, name, projection, replaced)
         if isinstance(projection, nn.Module):
             raise AttachError(
                 f"{self.projection!r} of block {index} is a {type(projection).__name__}; a memory can be attached to "
-                f"nn.Linear, transformers' Conv1D, or a PEFT layer around one of them"
+                f"nn.Linear, transformers' Conv1D, or a LoRA layer around one of them"
             )
         if any("expert" in name for name, _ in block.named_modules()):
             dense = [i for i, other in enumerate(self.blocks) if isinstance(self._look_up(other)[2], nn.Module)]
@@ -102,6 +130,20 @@ class Decoder:
         return parent, name, getattr(parent, name, None)
 
 
+def _wrapped_linear(module: nn.Module) -> str | None:
+    """Where a LoRA layer (PEFT's, Kyutai's) keeps the linear layer it is around; None if it is none."""
+    for name in ("base_layer", "frozen_W"):
+        if isinstance(getattr(module, name, None), nn.Module):
+            return name
+    return None
+
+
+def _reads_raw_weights(mlp: nn.Module) -> bool:
+    """Whether it is Kyutai's gating, whose forward takes the weights of its linear layers and calls neither."""
+    gating = sys.modules.get("moshi.modules.gating")
+    return gating is not None and isinstance(mlp, gating.ActivationGating)
+
+
 def projection_shape(projection: nn.Module) -> tuple[int, int]:
     """(D, F) of a linear layer or transformers' Conv1D."""
     if isinstance(projection, Conv1D):
@@ -124,6 +166,9 @@ def find_decoder(model: nn.Module, projection: str | None = None) -> Decoder:
     """
     if projection is not None:
         return _by_pattern(model, projection)
+    kyutai = _kyutai_decoder(model)
+    if kyutai is not None:
+        return kyutai
     for module in model.modules():
         model_type = getattr(getattr(module, "config", None), "model_type", "")
         if model_type not in _text_types(model):  # the audio or vision tower of a composite model
@@ -136,6 +181,19 @@ def find_decoder(model: nn.Module, projection: str | None = None) -> Decoder:
         f"no decoder blocks found in {type(model).__name__}. Say where the down projections are with "
         f"FastWeightConfig(projection='path.to.blocks.{{layer}}.path.to.projection')"
     )
+
+
+def _kyutai_decoder(model: nn.Module) -> Decoder | None:
+    """The main transformer of Kyutai's ``LMModel``: it has no Hugging Face config, so it is known by its class."""
+    lm = sys.modules.get("moshi.models.lm")  # imported by whoever made the model, or it is none
+    if lm is None:
+        return None
+    for module in model.modules():
+        if isinstance(module, lm.LMModel):
+            blocks = module.transformer.layers
+            projection = "linear2" if blocks[0].gating is None else "gating.linear_out"
+            return Decoder(module.transformer, blocks, projection, module, ("forward_text",), "checkpointing")
+    return None
 
 
 def _text_types(model: nn.Module) -> set[str]:

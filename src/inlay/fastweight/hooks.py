@@ -17,17 +17,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
+from inlay.fastweight.checkpointing import unwrap_checkpointing, wrap_checkpointing
 from inlay.fastweight.config import FastWeightConfig
-from inlay.fastweight.context import (
-    ContextHolder,
-    ForwardContext,
-    documents_of,
-    first_tensor,
-    unwrap_checkpointing,
-    wrap_checkpointing,
-)
+from inlay.fastweight.context import ContextHolder, ForwardContext, documents_of, first_tensor
 from inlay.fastweight.families import Decoder, Site
 from inlay.fastweight.layer import FastWeightLinear, capture_mlp_input
+from inlay.fastweight.stepping import StepSource
 from inlay.fastweight.streaming import MemoryState, StateError, ride, state_of
 
 
@@ -36,6 +31,7 @@ class ForwardHooks:
 
     Attributes:
         session: The state that the forwards go on from in place of the cache's, while a session is open.
+        step_source: Gives the fixed buffers that the forwards go on from while the model streams, if it can.
     """
 
     def __init__(
@@ -50,6 +46,7 @@ class ForwardHooks:
         on_backward: Callable[[], None],
     ) -> None:
         self.session: MemoryState | None = None
+        self.step_source: StepSource | None = None
         self._decoder = decoder
         self._blocks = [decoder.blocks[0], *(site.block for site in sites)]
         self._layers = layers
@@ -60,7 +57,7 @@ class ForwardHooks:
         self._warned = False
         self._running: list[int] = []
         self._handles: list[RemovableHandle] = []
-        outer = {id(m): m for m in (model, _unwrapped(model), decoder.module)}
+        outer = {id(m): m for m in (model, _unwrapped(model), decoder.model, decoder.module) if m is not None}
         for depth, module in enumerate(outer.values()):
             enter, leave = functools.partial(self._enter, depth), functools.partial(self._leave, depth)
             self._handles += [
@@ -72,6 +69,9 @@ class ForwardHooks:
             for site in sites:
                 hook = functools.partial(capture_mlp_input, layers[site.index])
                 self._handles.append(site.mlp.register_forward_pre_hook(hook, with_kwargs=True))
+        self._entrances = {name: getattr(decoder.model, name) for name in decoder.entrances}
+        for name in self._entrances:
+            decoder.model.__dict__[name] = functools.partial(self._enter_by, name)
 
     def configure(self, config: FastWeightConfig) -> None:
         """Follow another configuration from the next forward on."""
@@ -83,6 +83,10 @@ class ForwardHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for name, method in self._entrances.items():
+            self._decoder.model.__dict__.pop(name, None)
+            if getattr(self._decoder.model, name) != method:  # somebody else's, put there before
+                self._decoder.model.__dict__[name] = method
 
     @torch.compiler.disable
     def _enter(
@@ -107,6 +111,18 @@ class ForwardHooks:
             self._prepare(context, args, kwargs)
         return args, kwargs
 
+    def _enter_by(self, name: str, *args: Any, document_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """Run a method of the model that leads to the decoder past the model's forward, with documents if given."""
+        if document_ids is None:
+            return self._entrances[name](*args, **kwargs)
+        model = self._decoder.model
+        assert model is not None
+        self._enter(0, model, (), {"document_ids": document_ids})
+        try:
+            return self._entrances[name](*args, **kwargs)
+        finally:
+            self._leave(0, model, (), None)
+
     @torch.compiler.disable
     def _leave(self, depth: int, module: nn.Module, args: Any, output: Any) -> None:
         """After it, or after an error in it."""
@@ -114,7 +130,9 @@ class ForwardHooks:
         context = self._holder.current
         if module is self._decoder.module and context is not None:
             unwrap_checkpointing(context)
-            if output is not None:
+            if output is not None and context.steps is not None:
+                context.steps.advance(context.tokens)
+            elif output is not None:
                 values = tuple(output.values()) if isinstance(output, dict) else output
                 values = values if isinstance(values, tuple) else (values,)
                 self._watch_backward(values)
@@ -136,6 +154,7 @@ class ForwardHooks:
 
     def _prepare(self, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Work out the documents of this forward's tokens, and the state they go on from, from its arguments."""
+        context.steps = None if self.step_source is None else self.step_source.current()
         if not any(layer.enabled for layer in self._layers.values()):
             return
         given = dict(zip(self._parameters_of_forward, args, strict=False)) | kwargs
@@ -147,6 +166,13 @@ class ForwardHooks:
             return  # the decoder itself will say that its input is missing
         batch, length = tokens.shape[:2]
         context.batch, context.tokens = batch, length
+        if context.steps is not None:
+            if batch != context.steps.batch_size:
+                raise StateError(
+                    f"the stream was begun for {context.steps.batch_size} rows, this call has {batch}: begin one with "
+                    f"streaming({batch})"
+                )
+            return
         context.state = self._find_state(given)
         rows = None if context.state is None else context.state.rows
         if rows not in (None, batch):
@@ -177,7 +203,7 @@ class ForwardHooks:
                 "memory writes is never read in them, so it gets no gradient. Use longer sequences or smaller chunks",
                 stacklevel=2,
             )
-        wrap_checkpointing(self._holder, self._blocks, context)
+        wrap_checkpointing(self._holder, self._decoder, self._blocks, context)
 
     def _find_state(self, given: Mapping[str, Any]) -> MemoryState | None:
         """The state of this forward: the open session's, the cache's, a new one where a cache begins, or none.

@@ -22,7 +22,8 @@ from inlay.fastweight.families import Decoder, Site, find_decoder, is_called
 from inlay.fastweight.hooks import ForwardHooks
 from inlay.fastweight.layer import FastWeightLinear, Representation
 from inlay.fastweight.session import Session, load_session
-from inlay.fastweight.streaming import MemoryState
+from inlay.fastweight.stepping import StepSource
+from inlay.fastweight.streaming import MemoryState, StateError
 
 TrainMode = Literal["memory", "memory+layers", "memory+lora", "all"]
 _RUNNING = ("eta", "chunk_size", "boundary", "exposure", "max_update_norm", "max_update_ratio", "normalize_target")
@@ -39,8 +40,9 @@ def attach(model: nn.Module, config: FastWeightConfig) -> Memory:
     ``position_ids``.
 
     Args:
-        model: A Hugging Face causal LM, its decoder, a PEFT model around one, or any module of which
-            ``config.projection`` says where the down projections are.
+        model: A Hugging Face causal LM, its decoder, a PEFT model around one, Kyutai's ``LMModel`` (its main
+            transformer gets the memory, the depformer never does), or any module of which ``config.projection`` says
+            where the down projections are.
         config: See :class:`FastWeightConfig`.
 
     Returns:
@@ -55,6 +57,11 @@ def attach(model: nn.Module, config: FastWeightConfig) -> Memory:
             "inlay.find_memory(model) gives you its handle"
         )
     decoder = find_decoder(model, config.projection)
+    if getattr(decoder.module, "is_streaming", False):
+        raise AttachError(
+            "the model is streaming, and what it has read so far could not be in the memory. Leave the 'with "
+            "lm_gen.streaming(...)' block, attach, and begin the stream anew"
+        )
     sites = [decoder.site(index) for index in config.layer_indices(len(decoder.blocks))]
     for site in sites:
         if config.target == "hidden" and (site.mlp is site.block or not is_called(site.mlp)):
@@ -122,11 +129,16 @@ class Memory:
         self._sites = list(sites)
         holder = ContextHolder()
         for site in sites:
+            site.install()
             layer = FastWeightLinear(site.projection, site.index, config, holder)
             setattr(site.parent, site.name, layer)
             self.layers[site.index] = layer
         self._hooks = ForwardHooks(model, decoder, sites, self.layers, config, holder, on_backward=self._note_trained)
         decoder.module.__dict__["inlay_memory"] = self
+        if hasattr(decoder.module, "is_streaming"):  # Kyutai's: the memory becomes part of its streaming state
+            from inlay.moshi.streaming import MemoryStream
+
+            self.step_source = MemoryStream.install(self)
 
     @contextmanager
     def using(self, **changes: Any) -> Iterator[FastWeightConfig]:
@@ -138,7 +150,9 @@ class Memory:
 
         Raises:
             ValueError: Another field (how the memory is built), or a value that it cannot have.
+            StateError: A stream of Kyutai's is open.
         """
+        self._refuse_in_stream("using")
         unknown = sorted(changes.keys() - set(_RUNNING))
         if unknown:
             fields = ", ".join(_RUNNING)
@@ -159,7 +173,12 @@ class Memory:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run the base model: within the block every memory layer is the original projection, bit for bit."""
+        """Run the base model: within the block every memory layer is the original projection, bit for bit.
+
+        Raises:
+            StateError: A stream of Kyutai's is open.
+        """
+        self._refuse_in_stream("disabled")
         before = {index: layer.enabled for index, layer in self.layers.items()}
         try:
             for layer in self.layers.values():
@@ -170,7 +189,14 @@ class Memory:
                 self.layers[index].enabled = enabled
 
     def detach(self) -> nn.Module:
-        """Take the memory out and give the very modules back that were there before. Returns the model."""
+        """Take the memory out and give the very modules back that were there before. Returns the model.
+
+        Raises:
+            StateError: A stream of Kyutai's is open.
+        """
+        self._refuse_in_stream("detach")
+        if self.step_source is not None:
+            self.step_source.uninstall()
         self._hooks.remove()
         for site in self._sites:
             layer = self.layers[site.index]
@@ -178,6 +204,7 @@ class Memory:
                 for name, child in list(module._modules.items()):
                     if child is layer:  # under another wrapper by now, if PEFT came after attach
                         module._modules[name] = site.projection
+            site.restore()
         self.decoder.module.__dict__.pop("inlay_memory", None)
         return self.model
 
@@ -245,6 +272,22 @@ class Memory:
         self._hooks.session = state
 
     @property
+    def step_source(self) -> StepSource | None:
+        """Where the forwards find the state of the stream that their model has open; None if it cannot stream."""
+        return self._hooks.step_source
+
+    @step_source.setter
+    def step_source(self, source: StepSource | None) -> None:
+        self._hooks.step_source = source
+
+    def _refuse_in_stream(self, name: str) -> None:
+        if self.step_source is not None and self.step_source.active:
+            raise StateError(
+                f"memory.{name}() within an open stream: it would miss frames, and a captured CUDA graph would not "
+                "notice at all. Leave the 'with lm_gen.streaming(...)' block first"
+            )
+
+    @property
     def representation(self) -> Representation:
         """How states hold what is committed: the ``dense`` sum, ``deferred`` products (Z, V), or by default (``auto``)
         products up to D·F / (D + F) committed tokens, where the sum becomes cheaper. Set it before a state begins.
@@ -282,7 +325,8 @@ class Memory:
 
         Args:
             mode: ``memory``: convolution and projection alone. ``memory+layers``: and the whole blocks that hold a
-                memory. ``memory+lora``: and the PEFT LoRA adapters of the model. ``all``: everything.
+                memory. ``memory+lora``: and the LoRA adapters of the model (PEFT's or
+                Kyutai's). ``all``: everything.
 
         Raises:
             ValueError: An unknown mode, or ``memory+lora`` without adapters.
@@ -292,7 +336,8 @@ class Memory:
         adapters = list(_adapter_parameters(self.model))
         if mode == "memory+lora" and not adapters:
             raise ValueError(
-                "memory+lora: the model has no LoRA adapters. Wrap it first: peft.get_peft_model(model, LoraConfig(…))"
+                "memory+lora: the model has no LoRA adapters. Put them in first: peft.get_peft_model(model, "
+                "LoraConfig(…)), or for Kyutai's Moshi moshi.modules.lora.replace_all_linear_with_lora"
             )
         for parameter in self.model.parameters():
             parameter.requires_grad_(mode == "all" and parameter.is_floating_point())
@@ -366,9 +411,10 @@ class Memory:
 
 
 def _adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters of PEFT adapters in the model."""
+    """Parameters of the LoRA adapters in the model: PEFT's and those of Kyutai's LoRALinear."""
     for module in model.modules():
-        for name in getattr(module, "adapter_layer_names", ()) if hasattr(module, "base_layer") else ():
+        names = getattr(module, "adapter_layer_names", ()) if hasattr(module, "base_layer") else ()
+        for name in ("lora_A", "lora_B") if hasattr(module, "frozen_W") else names:
             adapter = getattr(module, name, None)
             if isinstance(adapter, nn.Module):
                 yield from adapter.parameters()

@@ -251,5 +251,5 @@ def test_without_kyutais_package_inlay_works_and_the_moshi_part_says_what_to_ins
 
 def test_what_kyutais_package_needs_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sphn", None)
-    with pytest.raises(ImportError, match="'sphn' cannot be imported[^$]*pip install sphn sentencepiece einops"):
+    with pytest.raises(ImportError, match=r"'sphn' cannot be imported[^$]*pip install sphn sentencepiece einops"):
         require_moshi()

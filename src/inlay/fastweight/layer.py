@@ -148,7 +148,10 @@ class FastWeightLinear(nn.Linear):
             )
         if z.dim() != 3:
             raise ValueError(f"the memory of block {self.index} expects [B, T, F]; got {[*z.shape]}")
-        return self._apply_memory(z, self._source(context, z), context)
+        x = self._source(context, z)
+        if context.steps is not None:
+            return context.steps.read(self, z, x)
+        return self._apply_memory(z, x, context)
 
     def _source(self, context: ForwardContext, z: Tensor) -> Tensor:
         """What the target is made from, ``[B, T, D]``."""

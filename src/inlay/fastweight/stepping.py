@@ -18,6 +18,7 @@ the sum, per layer: for Moshi 7B about 32 GFLOP and 0.4 GB of traffic a layer an
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -28,6 +29,7 @@ from torch import Tensor
 from inlay.fastweight.clip import update_norms
 from inlay.fastweight.scan import add_product, operand
 from inlay.fastweight.state import FastWeightState
+from inlay.fastweight.streaming import StateError
 
 if TYPE_CHECKING:
     from inlay.fastweight.layer import FastWeightLinear
@@ -65,7 +67,8 @@ class StepState:
         tokens: ``[B]`` int64, tokens read since the row was empty.
         chunks: ``[B]`` int64, chunks committed since the row was empty.
         exec_mask: ``[B]`` bool, rows that the next step runs. Whoever owns the state writes it in place.
-        commits: Where full chunks are committed; see the module's text.
+        commits: Where full chunks are committed; None: ``asked`` on the CPU outside a graph, else ``masked``.
+        version: Counts what was done to the rows other than reading: whoever keeps a count of phases begins anew.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class StepState:
         """
         self.exec_mask = exec_mask
         self.commits: Commits | None = None
+        self.version = 0
         self._modules = dict(modules)
         self._capturing = capturing
         rows, device = exec_mask.shape[0], exec_mask.device
@@ -122,8 +126,36 @@ class StepState:
     @torch.no_grad()
     def reset(self, rows: Tensor) -> None:
         """Let the rows where ``rows`` ``[B]`` (bool) holds have read nothing, bit for bit. In place."""
+        self.version += 1
         for tensor in self.tensors().values():
             tensor.masked_fill_(_rows(rows, tensor), 0)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`tensors` of a state of the same sizes gave. In place.
+
+        Raises:
+            StateError: A buffer is missing or of another shape or dtype. Nothing is changed.
+        """
+        own = self.tensors()
+        described = {name: (tuple(t.shape), t.dtype) for name, t in own.items()}
+        given = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        if described != given:
+            odd = sorted(n for n in described.keys() | given.keys() if described.get(n) != given.get(n))[0]
+            raise StateError(
+                f"a state of other rows or another memory: {odd} is {given.get(odd)}, not {described.get(odd)}"
+            )
+        self.version += 1
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> StepState:
+        """Of the buffers alone: a copy reads with the same layers."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        names = ("exec_mask", "phase", "tokens", "chunks", "layers")
+        twin.__dict__.update({name: copy.deepcopy(self.__dict__[name], memo) for name in names})
+        return twin
 
     def read(self, module: FastWeightLinear, z: Tensor, x: Tensor) -> Tensor:
         """The layer's part of a step: its output for the new tokens, whose operands are written to the open chunk.

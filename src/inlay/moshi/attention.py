@@ -30,7 +30,7 @@ from moshi.modules.transformer import StreamingMultiheadAttention, StreamingTran
 from torch import Tensor
 
 from inlay.fastweight.errors import InlayError
-from inlay.moshi.yarn import rotate
+from inlay.moshi.yarn import rotate, self_attentions
 
 QUERIES = 512
 """Queries in a block b."""
@@ -55,7 +55,7 @@ def use_windowed_attention(transformer: StreamingTransformer, *, block: int = QU
     """
     if block < 1:
         raise InlayError(f"a block holds at least one query; got block={block}")
-    layers = [layer.self_attn for layer in transformer.layers]
+    layers = self_attentions(transformer)
     for index, attention in enumerate(layers):
         if not attention.causal or attention.cross_attention or attention.mult != 1:
             raise InlayError(
@@ -96,7 +96,7 @@ def _forward(attention: StreamingMultiheadAttention, block: int, query: Tensor, 
     batch, frames, _ = query.shape
     heads, groups = attention.num_heads, attention.kv_repeat
     head_dim = attention.embed_dim // heads
-    projected = attention.in_projs[0](query).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    projected = attention.in_projs[0](query).view(batch, frames, -1, head_dim).transpose(1, 2)
     q, k, v = projected.split([heads, heads // groups, heads // groups], dim=1)
     documents = _documents.get()
     if attention.rope is not None:
@@ -128,7 +128,7 @@ def windowed_attention(
     frames = q.shape[2]
     if documents is None and (context is None or context >= frames):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return _Windowed.apply(q, k, v, documents, min(context or frames, frames), block)  # type: ignore[no-untyped-call]
+    return _Windowed.apply(q, k, v, documents, min(context or frames, frames), block)
 
 
 def document_starts(documents: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class _Windowed(torch.autograd.Function):
         for queries, keys, mask in _blocks(q, documents, ctx.context, ctx.block):
             parts = [x.detach().requires_grad_() for x in (q[:, :, queries], k[:, :, keys], v[:, :, keys])]
             with torch.enable_grad():
-                out = F.scaled_dot_product_attention(*parts, mask)
+                out = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], mask)
             of_q, of_k, of_v = torch.autograd.grad(out, parts, grad[:, :, queries])
             dq[:, :, queries] = of_q
             dk[:, :, keys] += of_k

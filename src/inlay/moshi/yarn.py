@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from moshi.models.lm import LMModel
 from moshi.modules.rope import RotaryEmbedding
+from moshi.modules.transformer import StreamingMultiheadAttention, StreamingTransformer, StreamingTransformerLayer
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
@@ -94,7 +96,7 @@ class YarnRotaryEmbedding(RotaryEmbedding):
         return self._frequencies
 
     def forward(self, q: Tensor, k: Tensor, offset: Tensor, time_before_heads: bool = False) -> tuple[Tensor, Tensor]:
-        """Turn ``q`` and ``k`` ``[B, H, T, d]`` (``[B, T, H, d]`` with ``time_before_heads``) from ``offset [B]`` on."""
+        """Turn ``q`` and ``k`` ``[B, H, T, d]`` from ``offset [B]`` on; ``time_before_heads``: ``[B, T, H, d]``."""
         frames = q.shape[1 if time_before_heads else 2]
         positions = offset.view(-1, 1) + torch.arange(frames, device=q.device)
         if time_before_heads:
@@ -123,7 +125,7 @@ def rotate(rope: RotaryEmbedding, q: Tensor, k: Tensor, positions: Tensor) -> tu
 
     def turn(x: Tensor) -> Tensor:
         if rope.interleave:
-            real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+            real, imaginary = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)
         else:
             real, imaginary = x.float().chunk(2, dim=-1)
         parts = real * cos - imaginary * sin, real * sin + imaginary * cos
@@ -131,6 +133,11 @@ def rotate(rope: RotaryEmbedding, q: Tensor, k: Tensor, positions: Tensor) -> tu
         return turned.to(x.dtype)
 
     return turn(q), turn(k)
+
+
+def self_attentions(transformer: StreamingTransformer) -> list[StreamingMultiheadAttention]:
+    """The self-attention of each layer."""
+    return [cast(StreamingTransformerLayer, layer).self_attn for layer in transformer.layers]
 
 
 def apply_yarn(lm: LMModel, config: YarnConfig) -> Callable[[], None]:
@@ -156,14 +163,10 @@ def apply_yarn(lm: LMModel, config: YarnConfig) -> Callable[[], None]:
         )
     if transformer.is_streaming:
         raise InlayError("the model is streaming, with a cache of its shorter window; apply YaRN before streaming")
-    layers = [layer.self_attn for layer in transformer.layers]
+    layers = self_attentions(transformer)
     before = (lm.context, transformer.rope, [attention.context for attention in layers])
-    frequencies, scaling = yarn_frequencies(
-        config,
-        transformer.layers[0].self_attn.embed_dim // transformer.layers[0].self_attn.num_heads,
-        transformer.max_period,
-        context,
-    )
+    head_dim = layers[0].embed_dim // layers[0].num_heads
+    frequencies, scaling = yarn_frequencies(config, head_dim, transformer.max_period, context)
     rope = YarnRotaryEmbedding(
         frequencies, scaling, interleave=transformer.rope.interleave, max_period=transformer.max_period
     )

@@ -15,9 +15,9 @@ from inlay.moshi.lm_gen import MemoryLMGen
 from moshi.models import LMGen, LMModel
 
 CARD, TEXT_CARD, CONTEXT, CHUNK = 16, 32, 16, 8
-DELAYS = [0, 0, 1, 0, 1]
+DELAYS = [0, 1, 0, 1]
 USER = 2
-"""Streams of the user; two more are Moshi's own, and one is text."""
+"""Streams of the user; one more is Moshi's own, and one is text."""
 
 # Everything that decides how the memory runs, each with a value that is not its default.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -31,21 +31,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 KINDS = {"LMGen": LMGen, "MemoryLMGen": MemoryLMGen}
 
 
-def tiny_lm(memory: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> LMModel:
-    """Three blocks of width 32, gated as Moshi's, an attention of 16 frames; a memory in the first and the last."""
-    torch.manual_seed(seed)
+def tiny_lm(memory: bool = True, dtype: torch.dtype = torch.float32, context: int = CONTEXT, **config: Any) -> LMModel:
+    """Two blocks of width 32, gated as Moshi's, with a memory in both; an attention of 16 frames."""
+    torch.manual_seed(0)
     lm = LMModel(
         delays=DELAYS,
-        n_q=4,
-        dep_q=2,
+        n_q=3,
+        dep_q=1,
         card=CARD,
         text_card=TEXT_CARD,
         dim=32,
         num_heads=2,
         hidden_scale=4.125,
         norm="rms_norm_f32",
-        context=CONTEXT,
-        num_layers=3,
+        context=context,
+        num_layers=2,
         max_period=10000,
         gating="silu",
         positional_embedding="rope",
@@ -54,7 +54,7 @@ def tiny_lm(memory: bool = True, dtype: torch.dtype = torch.float32, seed: int =
         depformer_num_heads=2,
         depformer_num_layers=1,
         depformer_multi_linear=True,
-        depformer_context=2,
+        depformer_context=1,
         depformer_gating="silu",
         depformer_pos_emb="none",
         depformer_weights_per_step=True,
@@ -62,7 +62,7 @@ def tiny_lm(memory: bool = True, dtype: torch.dtype = torch.float32, seed: int =
         dtype=dtype,
     ).eval()
     if memory:
-        settings: dict[str, Any] = {"layers": [0, 2], "chunk_size": CHUNK, "eta": 0.1, "init": {"normal": 0.5}}
+        settings: dict[str, Any] = {"layers": "all", "chunk_size": CHUNK, "eta": 0.1, "init": {"normal": 0.5}}
         inlay.attach(lm, inlay.FastWeightConfig(**settings | config))
     return lm
 

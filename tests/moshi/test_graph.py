@@ -47,9 +47,9 @@ def test_questions_to_the_device_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["hidden", "ratio"])
 def test_commits_are_floor_of_frames_over_chunk(graphs: None, kind: str, name: str) -> None:
-    frames, rows = 130, 2
+    frames, rows = 101, 2
     lm = tiny_lm(**CONFIGS[name])
     memory = inlay.find_memory(lm)
     assert memory is not None
@@ -73,7 +73,7 @@ def test_commits_are_floor_of_frames_over_chunk(graphs: None, kind: str, name: s
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_start_and_stop_by_graphs_of_their_own(graphs: None, kind: str) -> None:
     """Masks are set by a graph too, from the second time on."""
-    frames, rows = 90, 3
+    frames, rows = 60, 3
     lm = tiny_lm()
     gen = KINDS[kind](lm, use_sampling=False, support_out_of_sync=True)
     codes = user_codes(rows, frames)
@@ -97,11 +97,11 @@ def test_replays_give_what_eager_steps_give(monkeypatch: pytest.MonkeyPatch) -> 
         torch.manual_seed(3)
         gen = LMGen(lm)  # with sampling, from the same numbers
         with gen.streaming(2), listening(gen) as heard:
-            outputs = [gen.step(codes[:, :, t : t + 1]) for t in range(80)]
+            outputs = [gen.step(codes[:, :, t : t + 1]) for t in range(40)]
             outputs = [None if out is None else out.clone() for out in outputs]
             return outputs, [*heard.outputs, *(t.clone() for t in steps_of(gen).tensors().values())]
 
-    codes = user_codes(2, 80)
+    codes = user_codes(2, 40)
     eager = run()
     monkeypatch.setattr("moshi.models.lm.CUDAGraphed", Graphed)
     replayed = run()

@@ -58,12 +58,24 @@ def write_session(path: Path, state: MemoryState, identity: Mapping[str, Any]) -
         "tokens_read": counts[:, 0].tolist(),
         "chunks_committed": counts[:, 1].tolist(),
     }
-    metadata = {"kind": KIND} | {name: json.dumps(value) for name, value in content.items()}
+    write_tensors(path, KIND, content, tensors)
+
+
+def write_tensors(path: Path, kind: str, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a session of some kind so that a kill at any moment leaves the old file or the new one.
+
+    Args:
+        path: Its folder is made if it is not there.
+        kind: Noted in the file, asked for by :func:`read_tensors`.
+        content: JSON values by name, kept as metadata; ``format`` is one of them.
+        tensors: On the CPU, contiguous.
+    """
+    metadata = {"kind": kind} | {name: json.dumps(value) for name, value in content.items()}
     metadata["sha256"] = _digest(metadata, tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary_folder(path) as folder:
         temporary = folder / path.name
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(dict(tensors), temporary, metadata=metadata)
         _flush(temporary)
         temporary.replace(path)
     if os.name == "posix":
@@ -86,13 +98,7 @@ def read_session(path: Path, identity: Mapping[str, Any], sizes: Mapping[int, tu
     Raises:
         CheckpointError: The file is missing, damaged, of a newer format, or belongs to something else; it says which.
     """
-    metadata, tensors = _read(path)
-    content = _parse(path, metadata)
-    if _digest({k: v for k, v in metadata.items() if k != "sha256"}, tensors) != metadata.get("sha256"):
-        raise CheckpointError(f"{path} is damaged: its checksum differs. Take an earlier copy, or begin a new session")
-    for name, ours in identity.items():
-        if content.get(name) != ours:
-            raise CheckpointError(f"the session in {path} is of another {_difference(name, content.get(name), ours)}")
+    content, tensors = read_tensors(path, KIND, FORMAT, identity)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected = _expected_shapes(content["batch_size"], sizes, found) if tensors else {}
     if found != expected:
@@ -101,6 +107,33 @@ def read_session(path: Path, identity: Mapping[str, Any], sizes: Mapping[int, tu
             f"the session in {path} is of another model: {odd!r} is {found.get(odd)} there and {expected.get(odd)} here"
         )
     return _state(content, tensors)
+
+
+def read_tensors(
+    path: Path, kind: str, version: int, identity: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read and check what :func:`write_tensors` wrote.
+
+    Args:
+        path: The file.
+        kind: What it has to be.
+        version: The format that is read.
+        identity: Values of its content that it has to have: what it belongs to.
+
+    Returns:
+        The content and the tensors, on the CPU.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, of another format, or belongs to something else; it says which.
+    """
+    metadata, tensors = _read(path)
+    content = _parse(path, metadata, kind, version)
+    if _digest({k: v for k, v in metadata.items() if k != "sha256"}, tensors) != metadata.get("sha256"):
+        raise CheckpointError(f"{path} is damaged: its checksum differs. Take an earlier copy, or begin a new session")
+    for name, ours in identity.items():
+        if content.get(name) != ours:
+            raise CheckpointError(f"the session in {path} is of another {_difference(name, content.get(name), ours)}")
+    return content, tensors
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -177,17 +210,23 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         ) from error
 
 
-def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    if metadata.get("kind") != KIND:
-        raise CheckpointError(f"{path} is not a session: it is a safetensors file of something else, or damaged")
+def _parse(path: Path, metadata: dict[str, str], kind: str, version: int) -> dict[str, Any]:
+    found = metadata.get("kind", "")
+    if found != kind:
+        what = (
+            f"of another kind ({found}, not {kind})"
+            if found.startswith(KIND)
+            else "a safetensors file of something else"
+        )
+        raise CheckpointError(f"{path} is not a session: it is {what}, or damaged")
     try:
         content = {name: json.loads(text) for name, text in metadata.items() if name not in ("kind", "sha256")}
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error} in its header") from error
-    if content.get("format") != FORMAT:
+    if content.get("format") != version:
         raise CheckpointError(
             f"the session in {path} is of format {content.get('format')} (or damaged), this version of inlay "
-            f"({__version__}) reads {FORMAT}; it was written by inlay {content.get('inlay')}"
+            f"({__version__}) reads {version}; it was written by inlay {content.get('inlay')}"
         )
     return content
 

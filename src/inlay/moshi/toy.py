@@ -4,9 +4,10 @@ Everything but the sizes is Moshi's: 17 streams with its delays, gated MLPs, flo
 weights per step, Mimi at 24 kHz and 12.5 frames/s, and a SentencePiece tokenizer with Moshi's special ids. So the same
 loading code reads it, and what works on it works on the 7B.
 
-A random encoder in front of empty codebooks would answer every sound with one code. Mimi's codebooks are therefore
-drawn from its own encoder's latents of noise and of tones, level by level on what the levels before left over; that
-makes codes that depend on the sound, as a trained Mimi's do, though not codes that sound well.
+A random encoder in front of empty codebooks would answer every sound with one code. So Mimi's encoder gets convolutions
+that keep their input's variance and have no bias, beside which a sound would hardly show; and its codebooks are drawn
+from its own latents of noise and of tones, level by level from what the levels before left over. That makes codes that
+depend on the sound, as a trained Mimi's do, though not codes that sound well.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from typing import Any, cast
 
 import sentencepiece
 import torch
-from moshi.models import loaders
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 from moshi.quantization.core_vq import EuclideanCodebook
 from moshi.quantization.vq import ResidualVectorQuantizer, SplitResidualVectorQuantizer
 from safetensors.torch import save_file
+from torch import nn
 
 from inlay.moshi.toy_text import TOY_TEXT
 from inlay.moshi.weights import CONFIG_NAME
+from moshi.models import loaders
 
 MIMI_CONFIG_NAME = "mimi_config.json"
 TOKENIZER_NAME = "tokenizer_spm_toy.model"
@@ -94,6 +96,7 @@ def write_toy_checkpoint(
         lm = LMModel(**lm_config, device="cpu", dtype=torch.float32)
         torch.manual_seed(seed + 1)
         mimi = loaders.get_mimi(None, mimi_config, num_codebooks=lm.dep_q)
+        _draw_encoder(mimi)
         _draw_codebooks(mimi)
     names = {
         "mimi_name": MIMI_WEIGHTS_NAME,
@@ -143,6 +146,15 @@ def _mimi_config(sizes: ToySizes) -> dict[str, Any]:
             "output_dimensions": [dim],
         },
     }
+
+
+@torch.no_grad()
+def _draw_encoder(mimi: MimiModel) -> None:
+    for module in mimi.encoder.modules():
+        if isinstance(module, nn.Conv1d):
+            nn.init.kaiming_normal_(module.weight)
+            if module.bias is not None:
+                module.bias.zero_()
 
 
 @torch.no_grad()

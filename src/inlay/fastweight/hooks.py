@@ -155,7 +155,10 @@ class ForwardHooks:
     def _prepare(self, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Work out the documents of this forward's tokens, and the state they go on from, from its arguments."""
         context.steps = None if self.step_source is None else self.step_source.current()
-        if not any(layer.enabled for layer in self._layers.values()):
+        enabled = any(layer.enabled for layer in self._layers.values())
+        if enabled or self._decoder.checkpointing is not None:  # Kyutai's would forget the documents of attention
+            wrap_checkpointing(self._holder, self._decoder, self._blocks, context)
+        if not enabled:
             return
         given = dict(zip(self._parameters_of_forward, args, strict=False)) | kwargs
         names = ("input_ids", "inputs_embeds", "hidden_states")
@@ -203,7 +206,6 @@ class ForwardHooks:
                 "memory writes is never read in them, so it gets no gradient. Use longer sequences or smaller chunks",
                 stacklevel=2,
             )
-        wrap_checkpointing(self._holder, self._decoder, self._blocks, context)
 
     def _find_state(self, given: Mapping[str, Any]) -> MemoryState | None:
         """The state of this forward: the open session's, the cache's, a new one where a cache begins, or none.

@@ -128,7 +128,7 @@ def windowed_attention(
     frames = q.shape[2]
     if documents is None and (context is None or context >= frames):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return _Windowed.apply(q, k, v, documents, min(context or frames, frames), block)
+    return _Windowed.apply(q, k, v, documents, min(context or frames, frames), block)  # type: ignore[no-untyped-call]
 
 
 def document_starts(documents: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class _Windowed(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, documents = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for queries, keys, mask in _blocks(q, documents, ctx.context, ctx.block):

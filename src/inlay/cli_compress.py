@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+
+from inlay.report.console import progress_bar
 
 app = typer.Typer(help="A long context as a few soft tokens before a frozen language model.", no_args_is_help=True)
 console = Console()
@@ -43,45 +43,22 @@ def train(
 @app.command()
 def evaluate(directory: RunPath) -> None:
     """Answer a run's held-out questions from soft tokens and from every baseline, and look for collapse."""
-    from inlay.data import load_qa
-    from inlay.evaluate import evaluate_compression, examine_collapse
-    from inlay.evaluate.compress_methods import budgets_of
     from inlay.report.console import print_section
-    from inlay.report.jsonfile import write_json
-    from inlay.train.compress import load_compress_run
-    from inlay.train.compress_report import write_compress_report
+    from inlay.train.compress_report import measure_compress_run, write_compress_report
 
-    run = load_compress_run(directory)
-    recipe, asked = run.recipe, run.recipe.evaluate
-    questions = load_qa(recipe.data).eval[: asked.examples]
-    subject = (run.model, run.compressor, run.layout, questions)
-    with _progress("answering") as progress:
-        evaluation = evaluate_compression(
-            *subject,
-            ratios=asked.ratios,
-            context_tokens=recipe.context_tokens,
-            batch_size=asked.batch_size,
-            seed=recipe.seed,
-            progress=progress,
-        )
-    with _progress("looking for collapse") as progress:
-        collapses = [
-            examine_collapse(
-                *subject,
-                ratio=budget.ratio,
-                context_tokens=recipe.context_tokens,
-                batch_size=asked.batch_size,
-                seed=recipe.seed,
-                progress=progress,
-            )
-            for budget in budgets_of(run.compressor.config, asked.ratios)
-        ]
-    sections = [*evaluation.sections(), *(collapse.section() for collapse in collapses)]
-    for section in sections:
+    suite = measure_compress_run(directory, shown=partial(progress_bar, errors))
+    for section in suite.sections():
         print_section(console, section)
-    content = evaluation.to_json() | {"collapse": [collapse.to_json() for collapse in collapses]}
-    console.print(f"figures: {write_json(content, directory / 'evaluation.json')}")
-    console.print(f"report: {write_compress_report(directory, sections)}")
+    console.print(f"figures: {suite.write(directory / 'evaluation.json')}")
+    console.print(f"report: {write_compress_report(directory, suite.sections())}")
+
+
+@app.command()
+def demo(runs: Runs = Path("runs")) -> None:
+    """Teach a small model to answer from text, then a compressor to say it in a quarter and an eighth of the tokens."""
+    from inlay.compress_demo import run_compress_demo
+
+    run_compress_demo(runs / "compress-demo", console)
 
 
 @app.command()
@@ -119,7 +96,7 @@ def encode(
 
     texts = read_documents(documents, text_field=text_field, id_field=id_field)
     run = load_compress_run(directory)
-    with _progress("encoding") as progress:
+    with progress_bar(errors, "encoding") as progress:
         report = encode_documents(
             run,
             texts,
@@ -159,11 +136,3 @@ def answer(
     run = load_compress_run(directory)
     for text in answer(run, store, [(name, question) for question in questions], batch_size=batch_size):
         console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is gone when all is done."""
-    with Progress(console=errors, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table as RichTable
 
 from inlay.report.document import Code, Section, Table, Text
@@ -45,3 +47,11 @@ def rich_table(table: Table) -> RichTable:
         first, *rest = map(escape, cells)
         shown.add_row(_MARKS.get(verdict or "", "") + first, *rest)
     return shown
+
+
+@contextmanager
+def progress_bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is gone when all is done. Gives what is called with how much is done, and of how much."""
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from inlay.data import load_qa
+from inlay.evaluate.compress_suite import CompressSuite, Shown, measure_compression
 from inlay.report import Code, Figure, Headline, Report, Section, training_curves, write_report
 from inlay.report.provenance import provenance
+from inlay.train.compress import load_compress_run
 from inlay.train.compress_recipe import CompressRecipe, load_compress_recipe
 from inlay.train.compress_trainer import PRETRAINING
 from inlay.train.directory import METRICS, RECIPE
@@ -35,19 +38,57 @@ def objective_curves(directory: Path, prefix: str = _LOSS) -> dict[str, Curve]:
     return curves
 
 
-def write_compress_report(directory: Path, sections: Sequence[Section] = ()) -> Path:
-    """Write ``report.html`` of the run in ``directory``: ``sections`` (an evaluation's), training, the recipe."""
+def measure_compress_run(directory: Path, *, shown: Shown, device: str | None = None) -> CompressSuite:
+    """Ask the held-out questions of a finished run, as its recipe's ``evaluate`` says.
+
+    Args:
+        directory: Of the run.
+        shown: Opens what shows the progress of each part.
+        device: Where to; CUDA if there is one when not given.
+
+    Raises:
+        RunError: There is no finished run.
+    """
+    run = load_compress_run(directory, device=device)
+    recipe, asked = run.recipe, run.recipe.evaluate
+    return measure_compression(
+        run.model,
+        run.compressor,
+        run.layout,
+        load_qa(recipe.data).eval[: asked.examples],
+        shown=shown,
+        ratios=asked.ratios,
+        context_tokens=recipe.context_tokens,
+        batch_size=asked.batch_size,
+        seed=recipe.seed,
+    )
+
+
+def write_compress_report(
+    directory: Path,
+    sections: Sequence[Section] = (),
+    summary: Sequence[Headline] | None = None,
+    path: Path | None = None,
+) -> Path:
+    """Write the report of the run in ``directory``: ``sections`` (an evaluation's), training, the recipe.
+
+    Args:
+        directory: Of the run.
+        sections: Come first.
+        summary: The cards at the top; when not given, the last losses and the number of steps.
+        path: Where to; ``report.html`` of the run when not given.
+    """
     recipe = load_compress_recipe(directory / RECIPE)
     parts = {"Pretraining": directory / PRETRAINING, "Training": directory}
     training = [Section(title, items=figures) for title, place in parts.items() if (figures := _figures(place))]
     report = Report(
         title=recipe.name,
         subtitle=_what(recipe),
-        summary=_headlines(read_metrics(directory / METRICS)),
+        summary=_headlines(read_metrics(directory / METRICS)) if summary is None else summary,
         sections=[*sections, *training, Section("Recipe", items=[Code(dump_recipe(recipe))])],
         provenance=provenance(),
     )
-    return write_report(report, directory / "report.html")
+    return write_report(report, path or directory / "report.html")
 
 
 def _figures(directory: Path) -> list[Figure]:

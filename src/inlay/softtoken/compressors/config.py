@@ -94,6 +94,11 @@ class EncoderPoolConfig(BaseCompressorConfig):
     """What a token reads: the tokens before it, as the weights were trained (a slot then depends on nothing behind its
     run, so appending text keeps the slots there are), or all tokens, as the published encoder does."""
 
+    residual: bool = False
+    """Add the projector's output, zero at first, to the mean of the run's embeddings: training then begins at
+    mean-pooled embeddings, which a frozen decoder half understands, and not at noise. Published encoders project
+    alone."""
+
     projector_width: int | None = Field(default=None, ge=1)
     """Inner width of the MLP projector; the model's width when not given."""
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.softtoken.compressors.base import Compressor
-from inlay.softtoken.compressors.calibration import Projector
+from inlay.softtoken.compressors.calibration import Projector, normalised
 from inlay.softtoken.compressors.config import EncoderPoolConfig
 from inlay.softtoken.compressors.errors import CompressorError
 from inlay.softtoken.compressors.language_model import refuse_cut_off
@@ -56,6 +56,8 @@ class EncoderPoolCompressor(Compressor[EncoderPoolConfig]):
                 "hidden_states and attention_mask by these names; use encoder-tokens"
             )
         self.projector = Projector(self.lm.width, config.projector_width)
+        if config.residual:
+            nn.init.zeros_(self.projector.down.weight)
         self.use_adapter(config.lora)
 
     def write(self, passage: Passage) -> Written:
@@ -72,7 +74,10 @@ class EncoderPoolCompressor(Compressor[EncoderPoolConfig]):
         )
         assert pooled.output is not None
         refuse_cut_off(hidden, pooled.output, "encoder-pool")
-        return Written(self.calibrated(self.projector(pooled.output)))
+        slots = self.projector(pooled.output)
+        if self.config.residual:
+            slots = slots + normalised(text.runs.mean(text.embeds).to(slots.dtype))
+        return Written(self.calibrated(slots))
 
 
 class PooledBlock:

@@ -93,18 +93,28 @@ def doctor(
 
     Loads the recipe's model and one batch of its data, measures, and writes
     report.html and diagnosis.json. Exit code 0: healthy, 1: warnings, 2: it
-    will not learn.
+    will not learn. Takes recipes of either memory: fast weights (inlay train)
+    and soft tokens (inlay compress train).
     """
+    from inlay.doctor.compress_recipes import examine_compress_recipe, is_compress_recipe
     from inlay.doctor.recipes import examine_recipe
     from inlay.train import load_recipe
+    from inlay.train.compress_recipe import load_compress_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
     with console.status("") as status:
-        diagnosis = examine_recipe(
-            loaded, source=recipe, budget_gb=budget, progress=lambda name: status.update(f"examining: {name}")
-        )
+
+        def progress(name: str) -> None:
+            status.update(f"examining: {name}")
+
+        if is_compress_recipe(recipe):
+            if budget is not None:
+                raise typer.BadParameter("memory is planned for recipes of fast weights alone", param_hint="--budget")
+            diagnosis = examine_compress_recipe(load_compress_recipe(recipe, overrides or ()), progress=progress)
+        else:
+            loaded = load_recipe(recipe, overrides or ())
+            diagnosis = examine_recipe(loaded, source=recipe, budget_gb=budget, progress=progress)
     diagnosis.print(console)
-    figures, report = diagnosis.write(output or Path("runs") / "doctor" / loaded.name)
+    figures, report = diagnosis.write(output or Path("runs") / "doctor" / diagnosis.subject)
     console.print(f"figures: {figures}\nreport: {report}")
     raise typer.Exit(diagnosis.exit_code)
 

@@ -207,23 +207,25 @@ def _decoder(
     return load_decoder(recipe, directory)
 
 
-def load_decoder(recipe: CompressRecipe, directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load_decoder(
+    recipe: CompressRecipe, directory: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The decoder, without adapters, from ``model/`` and ``tokenizer/`` of a run, or from where the recipe says.
 
     Args:
         recipe: With ``decoder.name_or_path``, or the run's own.
-        directory: Of the run; one that holds neither is not looked at.
+        directory: Of the run; None where there is none yet.
 
     Raises:
         DataError: The tokenizer cannot be loaded.
     """
     section = recipe.decoder
     options = {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
-    own = directory / MODEL
-    model = AutoModelForCausalLM.from_pretrained(
-        own if own.is_dir() else section.name_or_path, dtype=section.dtype, **options
-    )
-    name = directory / TOKENIZER if (directory / TOKENIZER).is_dir() else section.name_or_path
+    own = None if directory is None else directory / MODEL
+    kept = None if directory is None else directory / TOKENIZER
+    place = own if own is not None and own.is_dir() else section.name_or_path
+    name = kept if kept is not None and kept.is_dir() else section.name_or_path
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=section.dtype, **options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a missing folder, no network, a gated repository: many kinds

@@ -1,0 +1,307 @@
+"""How long answers and contexts are in the decoder's tokens, and what the recipe's limits cut.
+
+An answer that is longer than the budget of new tokens is wrong whatever the model has learnt; a context that is cut may
+have lost what is asked. Answers are counted as they are taught, by the layout.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from inlay.data import QAExample
+from inlay.data.qa_statistics import SHOWN_LIMITS, TokenLengths
+from inlay.doctor.compress_case import CompressCase, percent
+from inlay.doctor.findings import Finding, Severity
+from inlay.evaluate.scoring import choose
+from inlay.report import Section, Table, bars
+from inlay.report.document import Align, Item
+from inlay.report.numbers import Cell
+from inlay.softtoken.compressors import CompressorError
+
+_COUNTED = 1000
+"""Most questions of a split that are counted, evenly spaced: so many tell a share of 5 % to ±1.4 %."""
+
+_FEW_CUT, _MOST_CUT = 0.01, 0.5
+_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class SplitLengths:
+    """Lengths of one split, in tokens.
+
+    Attributes:
+        name: ``training`` or ``evaluation``.
+        questions: Questions of the split.
+        counted: How many of them were counted.
+        answers: Answers without their end.
+        prompts: What stands around the memory before the answer.
+        contexts: Contexts, each once.
+        answers_cut: Answers that with their end do not fit ``answer_tokens``.
+        contexts_cut: Contexts longer than ``context_tokens``.
+        stated: Answers whose text stands in their context.
+        lost: Those of them whose text no longer stands in what ``context_tokens`` leaves.
+    """
+
+    name: str
+    questions: int
+    counted: int
+    answers: TokenLengths
+    prompts: TokenLengths
+    contexts: TokenLengths
+    answers_cut: int
+    contexts_cut: int
+    stated: int
+    lost: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer.
+
+    Attributes:
+        question: What is asked.
+        answer: The first reference.
+        tokens: As taught, end included.
+    """
+
+    question: str
+    answer: str
+    tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What the limits of a recipe do to its data.
+
+    Attributes:
+        splits: Training and evaluation.
+        answer_tokens: The budget, end included.
+        for_95: Smallest budget that holds at least 95 % of the answers of either split, end included.
+        for_99: Likewise 99 %.
+        context_tokens: What contexts are cut behind; None for whole ones.
+        slots: Slots of the longest context, by ratio (or by ``fixed``).
+        longest_row: Positions of the longest context's slots, the longest prompt and the longest answer.
+        positions: What the decoder has; None where it does not say.
+        refused: Why the compressor cannot read the longest context; empty where it can.
+        samples: A short, a middling and the longest answer.
+    """
+
+    splits: tuple[SplitLengths, ...]
+    answer_tokens: int
+    for_95: int
+    for_99: int
+    context_tokens: int | None
+    slots: dict[str, int]
+    longest_row: int
+    positions: int | None
+    refused: str
+    samples: tuple[Sample, ...]
+
+    def findings(self) -> list[Finding]:
+        """What is cut, and what does not fit."""
+        found = [*self._too_long(), *(one for split in self.splits for one in self._cut(split))]
+        named: dict[str, Finding] = {}
+        for finding in sorted(found, key=lambda one: -one.severity):
+            named.setdefault(finding.code, finding)  # of both splits the worse
+        return [*named.values()]
+
+    def _cut(self, split: SplitLengths) -> list[Finding]:
+        found = []
+        share = split.answers_cut / max(1, split.answers.texts)
+        if share > _FEW_CUT:
+            says = (
+                f"{percent(share)} of the {split.name} answers are longer than answer_tokens: {self.answer_tokens} "
+                f"leaves room for (the longest takes {split.answers.longest + 1}): they are taught whole, and wrong "
+                "however well they are learnt"
+            )
+            fix = f"layout.answer_tokens: {self.for_99} holds 99 % ({self.for_95} holds 95 %)"
+            severity = Severity.FATAL if share > _MOST_CUT else Severity.WARNING
+            found.append(Finding("lengths.answers_cut", severity, says, fix))
+        lost = split.lost / max(1, split.stated)
+        if lost > _FEW_CUT:
+            says = (
+                f"context_tokens: {self.context_tokens} cuts {percent(split.contexts_cut / split.contexts.texts)} of "
+                f"the {split.name} contexts, and {percent(lost)} of the answers that are stated in their context are "
+                "not in what is left"
+            )
+            fix = f"context_tokens: {split.contexts.quantile(0.99)} holds 99 % of the contexts; or null"
+            severity = Severity.FATAL if lost > _MOST_CUT else Severity.WARNING
+            found.append(Finding("lengths.answers_lost", severity, says, fix))
+        return found
+
+    def _too_long(self) -> list[Finding]:
+        if self.refused:
+            fix = "context_tokens, a larger ratio, or compressor.segment_tokens"
+            return [Finding("lengths.context_too_long", Severity.FATAL, self.refused, fix)]
+        if self.positions is None or self.longest_row <= self.positions:
+            return []
+        says = (
+            f"the longest memory, prompt and answer take {self.longest_row:,} positions and the decoder has "
+            f"{self.positions:,}"
+        )
+        fix = "context_tokens, a larger ratio in compressor.ratios, or a smaller layout.answer_tokens"
+        return [Finding("lengths.too_long", Severity.FATAL, says, fix)]
+
+    def section(self) -> Section:
+        """Distributions, shares beyond limits, samples."""
+        told = (
+            f"In the decoder's tokens. `answer_tokens` is {self.answer_tokens}, an answer's end included: "
+            f"**{self.for_95}** would hold 95 % of the answers and **{self.for_99}** hold 99 %."
+            + "".join(f" The longest context gets {count} slots at {name}." for name, count in self.slots.items())
+        )
+        plot = bars(
+            {split.name: _histogram(split.answers) for split in self.splits}, unit="answers of so many tokens, %"
+        )
+        items: list[Item] = [
+            self._table(),
+            self._limits(),
+            plot.figure("Lengths without the end token."),
+            self._samples(),
+        ]
+        return Section("Lengths", told, items)
+
+    def _table(self) -> Table:
+        rows: list[list[Cell]] = []
+        for split in self.splits:
+            for what, lengths in (("answers", split.answers), ("prompts", split.prompts), ("contexts", split.contexts)):
+                quantiles = [lengths.quantile(share) for share in (0.5, 0.95, 0.99)]
+                rows.append([f"{split.name} {what}", lengths.texts, f"{lengths.mean:.1f}", *quantiles, lengths.longest])
+        counted = "; ".join(f"{split.counted:,} of {split.questions:,} {split.name} questions" for split in self.splits)
+        align: list[Align] = ["left", *("right",) * 6]
+        return Table(["tokens", "texts", "mean", "median", "95 %", "99 %", "longest"], rows, f"Of {counted}.", align)
+
+    def _limits(self) -> Table:
+        rows: list[list[Cell]] = []
+        for split in self.splits:
+            rows += [
+                [f"{split.name} answers beyond {limit} tokens", percent(split.answers.beyond(limit))]
+                for limit in SHOWN_LIMITS
+            ]
+            cut = percent(split.answers_cut / max(1, split.answers.texts))
+            rows.append([f"{split.name} answers beyond answer_tokens: {self.answer_tokens}, with their end", cut])
+            if self.context_tokens is not None:
+                share = percent(split.contexts_cut / max(1, split.contexts.texts))
+                rows.append([f"{split.name} contexts beyond context_tokens: {self.context_tokens}", share])
+                lost = percent(split.lost / max(1, split.stated))
+                rows.append([f"{split.name} answers stated in their context and lost by the cut", lost])
+        return Table(["", "share"], rows, align=["left", "right"])
+
+    def _samples(self) -> Table:
+        rows: list[list[Cell]] = [
+            [_short(one.question), _short(one.answer), _short(" ".join(one.tokens)), len(one.tokens)]
+            for one in self.samples
+        ]
+        return Table(["question", "answer", "as taught", "tokens"], rows, "A short, a middling and the longest answer.")
+
+
+def examine_lengths(case: CompressCase) -> Lengths:
+    """Count the lengths of both splits."""
+    chosen = {
+        name: [examples[index] for index in choose(len(examples), _COUNTED)]
+        for name, examples in (("training", case.train), ("evaluation", case.eval))
+    }
+    sizes = {"training": len(case.train), "evaluation": len(case.eval)}
+    splits = tuple(_count(case, name, examples, sizes[name]) for name, examples in chosen.items())
+    longest = max(split.contexts.longest for split in splits)
+    if case.recipe.context_tokens is not None:
+        longest = min(longest, case.recipe.context_tokens)
+    slots, refused = _slots(case, longest)
+    needed = max(max(split.answers.longest + 1 for split in splits), case.layout.max_new_tokens)
+    return Lengths(
+        splits=splits,
+        answer_tokens=case.layout.max_new_tokens,
+        for_95=max(split.answers.quantile(0.95) + 1 for split in splits),
+        for_99=max(split.answers.quantile(0.99) + 1 for split in splits),
+        context_tokens=case.recipe.context_tokens,
+        slots=slots,
+        longest_row=max(slots.values(), default=0) + max(split.prompts.longest for split in splits) + needed,
+        positions=case.compressor.lm.max_positions,
+        refused=refused,
+        samples=_samples(case, chosen["training"]),
+    )
+
+
+def _count(case: CompressCase, name: str, examples: Sequence[QAExample], questions: int) -> SplitLengths:
+    layout, limit = case.layout, case.recipe.context_tokens
+    end = int(layout.layout.eos)
+    answers = [len(layout.answer_ids(example.answers)) - end for example in examples]
+    prompts = [layout.prompt(example.question) for example in examples]
+    contexts = dict.fromkeys(example.context for example in examples)
+    encoded = layout.tokenizer(
+        [*contexts],
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    kept = {
+        text: text if limit is None or len(spans) <= limit else text[: spans[limit - 1][1]]
+        for text, spans in zip(contexts, encoded["offset_mapping"], strict=True)
+    }
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    stated = [one for one in examples if any(answer in one.context for answer in one.answers)]
+    return SplitLengths(
+        name=name,
+        questions=questions,
+        counted=len(examples),
+        answers=_lengths(answers),
+        prompts=_lengths([len(prompt.before) + len(prompt.after) for prompt in prompts]),
+        contexts=_lengths(lengths),
+        answers_cut=sum(length + 1 > layout.max_new_tokens for length in answers),
+        contexts_cut=0 if limit is None else sum(length > limit for length in lengths),
+        stated=len(stated),
+        lost=sum(not any(answer in kept[one.context] for answer in one.answers) for one in stated),
+    )
+
+
+def _slots(case: CompressCase, longest: int) -> tuple[dict[str, int], str]:
+    """Slots of the longest context by what a step may draw, and why there can be none."""
+    counts: dict[str, int] = {}
+    for ratio in case.recipe.draws:
+        try:
+            plan = case.compressor.plan(longest, ratio=ratio)
+        except CompressorError as error:
+            return counts, str(error)
+        counts["a fixed number" if ratio is None else f"{ratio}×"] = sum(segment.slots for segment in plan)
+    return counts, ""
+
+
+def _samples(case: CompressCase, examples: Sequence[QAExample]) -> tuple[Sample, ...]:
+    layout = case.layout
+    by_length = sorted(examples, key=lambda one: len(layout.answer_ids(one.answers)))
+    last = len(by_length) - 1
+    chosen = [by_length[round(place * last / (_SAMPLES - 1))] for place in range(_SAMPLES)]
+    spell = layout.tokenizer.convert_ids_to_tokens
+    return tuple(
+        Sample(
+            one.question,
+            one.answers[0] if one.answers else layout.layout.unanswerable,
+            tuple(map(str, spell(layout.answer_ids(one.answers)))),
+        )
+        for one in chosen
+    )
+
+
+def _lengths(lengths: Sequence[int]) -> TokenLengths:
+    return TokenLengths(tuple(sorted(Counter(lengths).items())))
+
+
+def _histogram(lengths: TokenLengths, most: int = 8) -> dict[str, float]:
+    """Shares in per cent: by length where there are few, else by equal steps of length."""
+    step = -(-max(1, lengths.longest) // most)
+    shares: Counter[int] = Counter()
+    for length, count in lengths.counts:
+        shares[max(0, length - 1) // step] += count
+    names = {
+        place: str(place + 1) if step == 1 else f"{place * step + 1} to {(place + 1) * step}"
+        for place in range(max(shares, default=0) + 1)
+    }
+    return {name: 100 * shares[place] / max(1, lengths.texts) for place, name in names.items()}
+
+
+def _short(text: str) -> str:
+    return textwrap.shorten(text, 44, placeholder=" …")

@@ -1,0 +1,203 @@
+"""What fine-tuning leaves behind: moshi-finetune's files, with the memory's own beside them.
+
+    DIR/
+      config.json               the model's sizes, and ``lora``, ``lora_rank``, ``lora_scaling``: moshi-finetune's
+      lora.safetensors          adapters, and embeddings trained with ``ft_embed``: moshi-finetune's
+      memory.safetensors, memory.json   the memory, and base weights trained with it: :mod:`inlay.fastweight.checkpoint`
+      consolidated.safetensors  the whole model, where it was trained without memory and adapters: moshi-finetune's
+
+Kyutai's own loader reads ``config.json`` with ``lora.safetensors`` or ``consolidated.safetensors``;
+:func:`load_finetuned` reads everything.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from moshi.models.lm import LMModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from inlay.fastweight import CheckpointError, Memory, attach_pretrained, find_memory
+from inlay.fastweight import checkpoint as memory_files
+from inlay.moshi.lora import LoraConfig, add_lora, lora_layers
+from inlay.moshi.weights import CONFIG_NAME, MoshiCheckpoint
+
+LORA_NAME = "lora.safetensors"
+WHOLE_NAME = "consolidated.safetensors"
+_LORA_KEYS = ("lora", "lora_rank", "lora_scaling")
+
+
+def save_finetuned(directory: str | Path, lm: LMModel, config: Mapping[str, Any]) -> None:
+    """Write everything that was trained. Each file is written beside its place and renamed.
+
+    Args:
+        directory: Made if it is not there.
+        lm: The model, with its memory and its adapters.
+        config: What ``config.json`` of the model's checkpoint holds.
+
+    Raises:
+        NonFiniteMemoryError: The memory holds NaN or infinity.
+        CheckpointError: Something that is trained has no place in these files.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    memory, adapters = find_memory(lm), list(lora_layers(lm))
+    saved: set[int] = set()
+    if memory is not None:
+        memory.save_pretrained(directory, base=not adapters)
+        saved |= {id(p) for p in memory.parameters()}
+        saved |= {id(p) for p in memory.base_parameters().values()} if not adapters else set()
+    if adapters:
+        tensors = _adapter_tensors(lm)
+        _write(directory / LORA_NAME, lambda path: save_file(_copies(tensors), path, metadata={"format": "pt"}))
+        saved |= {id(p) for p in tensors.values()}
+    elif memory is None:
+        state = lm.state_dict()
+        _write(directory / WHOLE_NAME, lambda path: save_file(_copies(state), path, metadata={"format": "pt"}))
+        saved |= {id(p) for p in lm.parameters()}
+    unsaved = [name for name, p in lm.named_parameters() if p.requires_grad and id(p) not in saved]
+    if unsaved:
+        raise CheckpointError(
+            f"these are trained and have no file: {', '.join(unsaved[:5])}{' …' if len(unsaved) > 5 else ''}. With "
+            "LoRA only adapters and embeddings are (ft_embed); use mode: all without LoRA to train more"
+        )
+    raw = {key: value for key, value in config.items() if key not in _LORA_KEYS}
+    if adapters:
+        raw |= {"lora": True, "lora_rank": adapters[0].rank, "lora_scaling": adapters[0].scaling}
+    text = json.dumps(raw, indent=2) + "\n"
+    _write(directory / CONFIG_NAME, lambda path: path.write_text(text))  # last: with it the directory is whole
+
+
+def load_finetuned(
+    checkpoint: MoshiCheckpoint, directory: str | Path, **overrides: Any
+) -> tuple[LMModel, Memory | None]:
+    """A checkpoint's model as fine-tuned: adapters, memory and trained base weights, in eval mode.
+
+    Everything takes the dtype of the checkpoint's model, but for the memory, which keeps its own (float32).
+
+    Args:
+        checkpoint: What was fine-tuned.
+        directory: Written by :func:`save_finetuned`, or by moshi-finetune.
+        overrides: Arguments of ``LMModel``, such as ``gradient_checkpointing=True``.
+
+    Returns:
+        The model, and its memory if the directory holds one.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or of another model.
+    """
+    directory = Path(directory)
+    config = _read_config(directory)
+    sizes = {key: value for key, value in checkpoint.lm_config.items() if key not in _LORA_KEYS}
+    differing = sorted(key for key in sizes if key in config and config[key] != sizes[key])
+    if differing:
+        key = differing[0]
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME} is of another model than {checkpoint.source}: {key} is {config[key]!r} there "
+            f"and {sizes[key]!r} here"
+        )
+    lm = checkpoint.load_lm(**overrides)
+    if config.get("lora"):
+        lora = LoraConfig(enable=True, rank=config["lora_rank"], scaling=config["lora_scaling"])
+        add_lora(lm, lora)
+    memory = attach_pretrained(lm, directory) if (directory / memory_files.HEADER).is_file() else None
+    load_trained(lm, directory)
+    return lm.eval(), memory
+
+
+def load_trained(lm: LMModel, directory: str | Path) -> None:
+    """Load what :func:`save_finetuned` wrote into a model that has its adapters and its memory already.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or does not fit. Nothing is loaded in part from a file.
+    """
+    directory = Path(directory)
+    memory, adapters = find_memory(lm), any(True for _ in lora_layers(lm))
+    if memory is not None:
+        memory.load(directory)
+    if adapters:
+        needed = [name for name, _ in lm.named_parameters() if ".lora_" in name]
+        _load(lm, directory / LORA_NAME, needed)
+    elif memory is None:
+        _load(lm, directory / WHOLE_NAME, list(lm.state_dict()))
+
+
+def _adapter_tensors(lm: LMModel) -> dict[str, nn.Parameter]:
+    """The adapters, and the base's own parameters that are trained with them, by the names the files have."""
+    memory = find_memory(lm)
+    own = set() if memory is None else {id(p) for p in memory.parameters()}
+    base = {} if memory is None else memory.base_parameters()
+    trained = set() if memory is None else {id(base[name]) for name in memory.trained_base if name in base}
+    return {
+        name: p
+        for name, p in lm.named_parameters()
+        if id(p) not in own and (".lora_" in name or ("emb" in name and (p.requires_grad or id(p) in trained)))
+    }
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _load(lm: LMModel, path: Path, needed: Iterable[str]) -> None:
+    """Copy a file's tensors into the model: every name in it has its place, and every name in ``needed`` is there."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    places = lm.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        if name not in places:
+            close = difflib.get_close_matches(name, places, n=1, cutoff=0.6)
+            raise CheckpointError(f"{path}: {name!r} has no place in this model" + _did_you_mean(close))
+        if tensor.shape != places[name].shape:
+            raise CheckpointError(
+                f"{path}: {name!r} is {[*tensor.shape]} there and {[*places[name].shape]} in this model"
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name!r} holds NaN or infinity")
+    missing = sorted(set(needed) - tensors.keys())
+    if missing:
+        raise CheckpointError(f"{path}: {len(missing)} tensors of this model are not there, {missing[0]!r} among them")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            places[name].copy_(tensor)
+
+
+def _did_you_mean(close: list[str]) -> str:
+    return f"; its nearest is {close[0]!r}" if close else ""
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{directory} holds no fine-tuned Moshi: {CONFIG_NAME} is missing")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}, not an object")
+    absent = [key for key in _LORA_KEYS if key not in config] if config.get("lora") else []
+    if absent:
+        raise CheckpointError(f"{path} says lora but not {absent[0]}")
+    return config
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

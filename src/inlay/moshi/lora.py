@@ -1,0 +1,61 @@
+"""LoRA on Moshi as moshi-finetune has it: Kyutai's ``LoRALinear`` around every linear layer, the depformer's too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from moshi.models.lm import LMModel
+from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from inlay.fastweight.errors import InlayError
+
+
+class LoraConfig(BaseModel):
+    """The adapters, under moshi-finetune's names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    enable: bool = False
+    """Whether the model gets adapters."""
+
+    rank: int = Field(default=64, ge=1)
+    """Rank of an adapter."""
+
+    scaling: float = Field(default=2.0, gt=0)
+    """What an adapter's output is multiplied with."""
+
+    ft_embed: bool = False
+    """Train the embeddings too, the depformer's among them."""
+
+
+def add_lora(lm: LMModel, config: LoraConfig, *, dtype: torch.dtype | None = None) -> None:
+    """Put fresh adapters around the linear layers of ``lm``: A drawn, B zero, so that the model's outputs stay.
+
+    Args:
+        lm: A model without adapters; with or without a memory.
+        config: Rank and scaling.
+        dtype: Of the adapters; their layer's when not given.
+
+    Raises:
+        InlayError: The model has adapters already.
+    """
+    if any(True for _ in lora_layers(lm)):
+        raise InlayError("this model has LoRA adapters already")
+    replace_all_linear_with_lora(lm, config.rank, config.scaling, dtype=dtype)
+    for layer in lora_layers(lm):
+        nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(layer.lora_B.weight)
+
+
+def lora_layers(lm: nn.Module) -> Iterator[LoRALinear]:
+    """The adapters of a model."""
+    return (module for module in lm.modules() if isinstance(module, LoRALinear))
+
+
+def embedding_parameters(lm: LMModel) -> dict[str, nn.Parameter]:
+    """What ``ft_embed`` trains: every parameter whose name holds ``emb``, as in moshi-finetune, but no adapter."""
+    return {name: p for name, p in lm.named_parameters() if "emb" in name and ".lora_" not in name}

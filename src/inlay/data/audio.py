@@ -5,8 +5,8 @@
     calls/a.wav  24 kHz stereo: the left channel is Moshi, the right one the user
     calls/a.json {"alignments": [["hello", [0.32, 0.71], "SPEAKER_MAIN"], …]}, seconds, in order of the starts
 
-A transcript may hold `returns` besides: `[start, end, first_start, first_end]` of each phrase that the main speaker
-says again, and of where it was said first. Conversations that :mod:`inlay.data.speech` makes have it.
+A transcript may hold `returns` besides: `[start, end, before_start, before_end]` of each phrase that the main speaker
+says again, and of where that speaker had said it last. Conversations that :mod:`inlay.data.speech` makes have it.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Word(NamedTuple):
 
 
 class Return(NamedTuple):
-    """A phrase that is said again: where, and where it was said first; seconds."""
+    """A phrase that is said again: where, and where it was said last before; seconds."""
 
     start: float
     end: float
-    first_start: float
-    first_end: float
+    before_start: float
+    before_end: float
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def read_transcript(path: Path) -> Transcript:
     )
     returns = content.get("returns", [])
     if not isinstance(returns, list):
-        raise DataError(f'{path}: "returns" must be a list of [start, end, first_start, first_end]')
+        raise DataError(f'{path}: "returns" must be a list of [start, end, before_start, before_end]')
     return Transcript(words, tuple(_parse_return(entry, f"{path}: returns[{i}]") for i, entry in enumerate(returns)))
 
 
@@ -198,9 +198,9 @@ def _parse_word(entry: Any, where: str) -> Word:
 def _parse_return(entry: Any, where: str) -> Return:
     if isinstance(entry, list) and len(entry) == 4 and all(map(_is_number, entry)):
         again = Return(*map(float, entry))
-        if 0 <= again.first_start < again.first_end <= again.start < again.end:
+        if 0 <= again.before_start < again.before_end <= again.start < again.end:
             return again
-    raise DataError(f"{where} is {_shortened(entry)}, not [start, end, first_start, first_end] in seconds")
+    raise DataError(f"{where} is {_shortened(entry)}, not [start, end, before_start, before_end] in seconds")
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -1,0 +1,69 @@
+"""`inlay moshi`: what the commands print, and with which exit code they end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from inlay.cli import app
+from inlay.moshi.codes_store import CodesStore
+from inlay.moshi.toy import ToySizes, write_toy_checkpoint
+from tests.moshi.conversations import noise, write_conversation, write_manifest
+
+SIZES = ToySizes(dim=16, num_layers=1, num_heads=2, context=8, card=32, depformer_dim=16, depformer_layers=1)
+
+
+def call(*arguments: object) -> tuple[int, str]:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["moshi", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_check_prints_the_figures_and_every_problem(tmp_path: Path) -> None:
+    good = write_conversation(tmp_path, "good")
+    mono = write_conversation(tmp_path, "mono", samples=noise(2, channels=1))
+    sound, problems = write_manifest(tmp_path, [good], "a.jsonl"), write_manifest(tmp_path, [mono], "b.jsonl")
+    code, output = call("check", sound)
+    assert code == 0
+    assert "words of the main speaker │ 2" in output
+    code, output = call("check", f"{sound}:2,{problems}:1")
+    assert code == 1
+    assert f"{problems}:1" in output.replace("\n", "")
+    assert "is mono" in output
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+def test_synthesise_check_encode_one_after_the_other(tmp_path: Path) -> None:
+    weights = write_toy_checkpoint(tmp_path / "toy", sizes=SIZES)
+    options = ["--conversations", 2, "--duration", 8, "--return-after", 3]
+    code, output = call("synthesise", tmp_path / "speech", *options)
+    assert code == 0
+    assert "data.jsonl" in output
+    assert call("check", tmp_path / "speech")[0] == 0
+    for encoded_now in (2, 0):
+        code, output = call("encode", tmp_path / "speech", tmp_path / "codes", "--weights", weights)
+        assert code == 0
+        assert f"2 conversations, {sum(e.frames for e in CodesStore(tmp_path / 'codes').entries):,} frames" in output
+        assert f"{encoded_now} encoded now, 0 problems skipped" in output
+
+
+def test_what_was_done_wrong_is_told_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "inlay", "moshi", "encode", str(tmp_path / "gone"), str(tmp_path / "out")]
+    result = subprocess.run(
+        [*command, "--weights", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error:")
+    assert "model.safetensors is missing" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from inlay import __version__, cli_compress, cli_plan
+from inlay import __version__, cli_compress, cli_moshi, cli_plan
 
 app = typer.Typer(
     help="A fixed-size memory for long context, inlaid into a pretrained transformer.", no_args_is_help=True
 )
 app.add_typer(cli_compress.app, name="compress")
+app.add_typer(cli_moshi.app, name="moshi")
 app.add_typer(cli_plan.app, name="plan")
 console = Console()
 errors = Console(stderr=True)

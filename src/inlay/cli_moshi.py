@@ -11,7 +11,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from inlay import cli_moshi_run
+
 app = typer.Typer(help="Kyutai's Moshi with a memory: long conversations.", no_args_is_help=True)
+app.command()(cli_moshi_run.run)
 console = Console()
 errors = Console(stderr=True)
 

@@ -25,11 +25,12 @@ from sentencepiece import SentencePieceProcessor
 
 from inlay.fastweight.errors import InlayError
 from inlay.fastweight.memory import attach_pretrained
+from inlay.moshi.checkpoint import load_finetuned
 from inlay.moshi.commits import Commit, CommitLog
 from inlay.moshi.lm_gen import MemoryLMGen
 from inlay.moshi.session import load_session, save_session
 from inlay.moshi.streaming import stream_of
-from inlay.moshi.weights import load_checkpoint
+from inlay.moshi.weights import CONFIG_NAME, load_checkpoint
 
 Samples = NDArray[np.float32]
 
@@ -186,29 +187,33 @@ class Duplex:
 def load_moshi(
     source: str | Path,
     *,
-    memory: str | Path | None = None,
+    finetuned: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Moshi:
-    """A Moshi that talks, of a checkpoint and the memory that was trained for it.
+    """A Moshi that talks, of a checkpoint and what was trained on top of it.
 
     Args:
         source: A folder with the files of ``kyutai/moshiko-pytorch-bf16``, or a repository of the hub.
-        memory: What ``Memory.save_pretrained`` wrote; None for Moshi alone.
+        finetuned: What :func:`~inlay.moshi.checkpoint.save_finetuned` wrote (adapters, memory), or
+            ``Memory.save_pretrained`` (a memory alone); None for Moshi as it is.
         device: Where it runs.
         dtype: Of the language model; None: bfloat16 on a GPU, float32 on a CPU.
 
     Raises:
         MoshiWeightsError: There is no such checkpoint.
-        CheckpointError: The memory is damaged or of another model.
+        CheckpointError: What was trained is damaged or of another model.
         RunError: The model cannot hold a conversation.
     """
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     checkpoint = load_checkpoint(source, device=device, dtype=dtype)
-    lm = checkpoint.lm
-    if memory is not None:
-        attach_pretrained(lm, memory)
+    if finetuned is None or not (Path(finetuned) / CONFIG_NAME).is_file():
+        lm = checkpoint.lm
+        if finetuned is not None:
+            attach_pretrained(lm, finetuned)
+    else:
+        lm, _ = load_finetuned(checkpoint, finetuned)
     return Moshi(lm, checkpoint.mimi, checkpoint.text_tokenizer, str(source), checkpoint.info.lm_gen_config)
 
 

@@ -19,6 +19,7 @@ from inlay.moshi.duplex import Duplex, Moshi, Reply, RunError, Samples, Voice
 from inlay.moshi.streaming import stream_of
 
 _BLOCK_SECONDS = 30
+_LINE = 80
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Run:
         chunk_size: C; None without a memory.
         state_bytes: Bytes of the memory's state.
         frames_before: Frames that the session had heard before.
+        spent: Computing time in seconds.
+        saying: What Moshi has said since it paused, until that is a line of the transcript.
     """
 
     source: str
@@ -48,6 +51,8 @@ class Run:
     chunk_size: int | None = None
     state_bytes: int = 0
     frames_before: int = 0
+    spent: float = 0.0
+    saying: str = ""
 
     @property
     def audio_seconds(self) -> float:
@@ -57,7 +62,7 @@ class Run:
     @property
     def real_time_factor(self) -> float:
         """Computing time by audio time; below 1 is faster than real time."""
-        return sum(self.milliseconds) / 1000 / self.audio_seconds if self.frames else float("nan")
+        return self.spent / self.audio_seconds if self.frames else float("nan")
 
     @property
     def late_frames(self) -> int:
@@ -78,7 +83,7 @@ def run_file(
     voice: Voice | None = None,
     session: str | Path | None = None,
     stereo: bool = False,
-    on_frame: Callable[[int, int, Reply], None] | None = None,
+    on_frame: Callable[[Run, int, Reply], None] | None = None,
 ) -> Run:
     """Let Moshi hear a recording and write down its answer.
 
@@ -89,7 +94,7 @@ def run_file(
         voice: How tokens are drawn.
         session: Gone on from if the file exists, and written at the end.
         stereo: Write the user's voice too, on the right, as in the training data.
-        on_frame: Called after each frame with frames heard, frames in all, and the reply.
+        on_frame: Called after each frame with the run so far, its frames in all, and the reply.
 
     Raises:
         DataError: The recording is missing or cannot be read.
@@ -113,11 +118,12 @@ def run_file(
             reply = duplex.hear(heard)
             run.frames += 1
             run.milliseconds.append(reply.milliseconds)
+            run.spent += reply.milliseconds / 1000
             caption.add(reply.text)
             if write is not None:
                 write(np.stack([reply.samples, heard] if stereo else [reply.samples]))
             if on_frame is not None:
-                on_frame(run.frames, total, reply)
+                on_frame(run, total, reply)
         caption.close()
         run.commits = [] if duplex.log is None else duplex.log.commits
         if session is not None:
@@ -177,28 +183,30 @@ def _wav(path: Path, rate: int, channels: int) -> Iterator[Callable[[Samples], N
 
 
 class _Caption:
-    """The transcript: what is said without a pause of a second is one line of it."""
+    """The transcript: a line of it is what is said without a pause of a second, broken between words if long."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._line = ""
         self._since = 0.0
         self._silent = 0
 
     def add(self, text: str) -> None:
         """Take the text of the newest frame."""
-        now = self._run.frames_before / self._run.frame_rate + self._run.audio_seconds
+        run = self._run
+        if text.startswith(" ") and len(run.saying) > _LINE:
+            self.close()
         if text:
-            self._since = self._since if self._line else now
-            self._line += text
+            if not run.saying:
+                self._since = run.frames_before / run.frame_rate + run.audio_seconds
+            run.saying += text
             self._silent = 0
         else:
             self._silent += 1
-            if self._silent >= self._run.frame_rate:
+            if self._silent >= run.frame_rate:
                 self.close()
 
     def close(self) -> None:
         """End the line."""
-        if self._line.strip():
-            self._run.transcript.append((self._since, self._line.strip()))
-        self._line, self._silent = "", 0
+        if self._run.saying.strip():
+            self._run.transcript.append((self._since, self._run.saying.strip()))
+        self._run.saying, self._silent = "", 0

@@ -1,0 +1,128 @@
+"""``inlay moshi run``: a recording in, Moshi's answer out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from inlay.moshi.duplex import Reply
+    from inlay.moshi.run import Run
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def run(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN", help="The user's voice; of a stereo file the right channel.", exists=True, dir_okay=False
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT.wav", help="Moshi's answer, as long as IN.", dir_okay=False)],
+    checkpoint: Annotated[
+        str, typer.Option(help="Moshi's weights: a hub repository, or a folder with its files.")
+    ] = "kyutai/moshiko-pytorch-bf16",
+    finetuned: Annotated[
+        Path | None,
+        typer.Option(
+            help="What was trained on top: adapters and memory, or a memory alone.", metavar="DIR", show_default=False
+        ),
+    ] = None,
+    session: Annotated[
+        Path | None,
+        typer.Option(
+            help="The whole conversation: loaded first if the file exists, saved afterwards.",
+            metavar="FILE",
+            dir_okay=False,
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write report.html, run.json and commits.jsonl there.", metavar="DIR", file_okay=False),
+    ] = None,
+    stereo: Annotated[bool, typer.Option("--stereo", help="Put the user's voice on the right of OUT.")] = False,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Whether a trained memory is used.")] = True,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the voice; 0 takes the likeliest tokens.", min=0.0, show_default=False)
+    ] = None,
+    text_temperature: Annotated[
+        float | None, typer.Option(help="Of the words; 0 takes the likeliest.", min=0.0, show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="For the same answer again.", show_default=False)] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where Moshi runs; a GPU if there is one.", show_default=False)
+    ] = None,
+) -> None:
+    """Let Moshi hear a recording and answer, full duplex, at any length.
+
+    The transcript is printed as Moshi speaks. A session file keeps the whole
+    conversation in a constant size, and the next call goes on bit for bit.
+    """
+    import torch
+
+    from inlay.fastweight import find_memory
+    from inlay.moshi.duplex import Voice, load_moshi
+    from inlay.moshi.run import run_file
+    from inlay.moshi.run_report import write_run
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with errors.status("loading Moshi"):
+        moshi = load_moshi(checkpoint, finetuned=finetuned, device=device)
+    attached = find_memory(moshi.lm)
+    if attached is not None and not memory:
+        attached.detach()
+    voice = Voice(temp=temperature, temp_text=text_temperature, seed=seed)
+    with _Listening() as listening:
+        done = run_file(moshi, source, target, voice=voice, session=session, stereo=stereo, on_frame=listening.frame)
+        listening.lines(done)
+    pace = f"{done.real_time_factor:.2f} of real time, {done.late_frames:,} of {done.frames:,} frames late"
+    console.print(f"heard {done.audio_seconds:,.1f} s at {pace}", highlight=False)
+    if done.chunk_size is not None:
+        size = max((commit.relative_sum for commit in done.commits), default=0.0)
+        told = f"{done.chunks:,} chunks of {done.chunk_size} frames; ‖ηS‖ up to {100 * size:.2g} % of ‖W0‖"
+        console.print(f"memory: {told}", highlight=False)
+    console.print(f"answer: {target}")
+    if session is not None:
+        console.print(f"session: {session}")
+    if report is not None:
+        console.print(f"report: {write_run(done, report)}")
+
+
+class _Listening:
+    """The transcript, line by line as it is spoken, above what is being said and how far and how fast it goes."""
+
+    def __init__(self) -> None:
+        from inlay.terminal import printable
+
+        self._printable = printable
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[pace]}"))
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=errors, transient=True)
+        self._task = self._bar.add_task("listening", total=None, pace="")
+        self._printed = 0
+
+    def __enter__(self) -> _Listening:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def frame(self, run: Run, total: int, reply: Reply) -> None:
+        """Take what a frame brought."""
+        self.lines(run)
+        pace = f"{run.audio_seconds:.1f} s at {run.real_time_factor:.2f} of real time"
+        said = self._printable(run.saying).strip()[-40:] or "listening"
+        self._bar.update(self._task, completed=run.frames, total=total, pace=pace, description=said)
+
+    def lines(self, run: Run) -> None:
+        """Print the lines of the transcript that are new."""
+        for second, line in run.transcript[self._printed :]:
+            minutes, rest = divmod(second, 60)
+            console.print(f"{minutes:3.0f}:{rest:04.1f}  {self._printable(line)}", markup=False, highlight=False)
+        self._printed = len(run.transcript)

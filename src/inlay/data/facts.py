@@ -48,6 +48,7 @@ class FactsDataset(Sequence[QAExample]):
     def __init__(self, config: FactsConfig, split: Split) -> None:
         self.config = config
         self.split = split
+        self._made: tuple[int, tuple[QAExample, ...]] | None = None
 
     def __len__(self) -> int:
         return self.config.train_examples if self.split == "train" else self.config.eval_examples
@@ -62,7 +63,10 @@ class FactsDataset(Sequence[QAExample]):
             return [self[one] for one in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        return facts(self.config, self.split, index % len(self))
+        context, question = divmod(index % len(self), self.config.questions)
+        if self._made is None or self._made[0] != context:  # neighbours share their context: make it once for all
+            self._made = context, facts_context(self.config, self.split, context)
+        return self._made[1][question]
 
 
 def facts(config: FactsConfig, split: Split, index: int) -> QAExample:

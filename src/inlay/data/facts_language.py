@@ -1,7 +1,8 @@
-"""The words and sentences that generated facts are told in: two vocabularies, one grammar.
+"""The words and sentences that generated facts are told in: three vocabularies, one grammar.
 
 `SMALL` is closed and lower case, a few hundred words, so that a model of 200k parameters learns to read it in minutes.
 `ENGLISH` has several thousand words, two ways to state each of its facts, years, dates and trades.
+`PAIRS` is key-value recall with the words of `SMALL`: a name and its value, and the name is the question.
 
 A name is a head and a tail ("clara ashford"). A value is a phrase of any length: plural nouns, each under up to two
 adjectives, tied by joints ("old lanterns beside narrow copper doors"); in `ENGLISH` also a year, a date or a trade.
@@ -309,5 +310,12 @@ ENGLISH = Language(
     capitals=True,
 )
 
-LANGUAGES: dict[str, Language] = {"small": SMALL, "english": ENGLISH}
+PAIRS = replace(
+    SMALL,
+    kinds=(
+        Kind(tuple(head.lower() for head in PEOPLE), "{head} {tail}", (Attribute(("{name} {value}.",) * 2, "{name}"),)),
+    ),
+)
+
+LANGUAGES: dict[str, Language] = {"small": SMALL, "english": ENGLISH, "pairs": PAIRS}
 """By the name that `FactsConfig.vocabulary` gives them."""

@@ -110,7 +110,7 @@ def text_writer(model: Any, change: Callable[[Ids], Ids]) -> Write:
     """Writes as plain text what ``change`` makes of a context."""
 
     def write(contexts: Sequence[Ids]) -> SoftTokens:
-        ids, mask = _padded([change(context) for context in contexts], device_of(model))
+        ids, mask = padded_ids([change(context) for context in contexts], device_of(model))
         return embed_text(model, ids, mask)
 
     return write
@@ -120,7 +120,7 @@ def compressing_writer(compressor: Compressor[Any], budget: Budget) -> Write:
     """Writes with ``compressor`` within ``budget``."""
 
     def write(contexts: Sequence[Ids]) -> SoftTokens:
-        ids, mask = _padded(contexts, compressor.lm.device)
+        ids, mask = padded_ids(contexts, compressor.lm.device)
         return compressor.compress(ids, mask, ratio=budget.ratio, slots=budget.slots)
 
     return write
@@ -218,7 +218,7 @@ def _own_random_numbers(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def _padded(rows: Sequence[Ids], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def padded_ids(rows: Sequence[Ids], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask, `[B, longest]`, padding behind."""
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.long, device=device)

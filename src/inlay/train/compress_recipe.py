@@ -140,7 +140,7 @@ class PretrainingSection(Section):
     def _trainer_takes_these(cls, value: dict[str, Any]) -> dict[str, Any]:
         if "max_steps" in value:
             raise ValueError("max_steps is the section's own; take it out of trainer")
-        return _check_trainer(value)
+        return check_compress_trainer(value)
 
     @model_validator(mode="after")
     def _something_is_learned(self) -> PretrainingSection:
@@ -220,7 +220,7 @@ class CompressRecipe(Section):
     @field_validator("trainer")
     @classmethod
     def _trainer_takes_these(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _check_trainer(value)
+        return check_compress_trainer(value)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> CompressRecipe:
@@ -254,12 +254,16 @@ class CompressRecipe(Section):
         return (None,) if self.compressor.slots is not None else self.compressor.ratios
 
 
-def _check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that ``TrainingArguments`` takes and that have an effect on a compression run."""
+def check_compress_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
+    """``arguments`` when :func:`check_trainer` takes them and they have an effect where a run computes its own loss.
+
+    Raises:
+        ValueError: Names the key and why it cannot be.
+    """
     if arguments.get("label_smoothing_factor"):
         raise ValueError(
             "label_smoothing_factor has no effect: it is for a loss that the Trainer computes from a model's logits, "
-            "and here the loss is the recipe's objectives; take it out"
+            "and here the run computes its own; take it out"
         )
     return check_trainer(arguments)
 

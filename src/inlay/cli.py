@@ -62,9 +62,29 @@ def train(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run's directory.", show_default=False)],
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="A run's directory; with --memories also a recipe of the comparison.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    memories: Annotated[
+        bool, typer.Option("--memories", help="Compare fast weights with soft tokens at equal bytes.")
+    ] = False,
+    runs: Runs = Path("runs"),
 ) -> None:
-    """Measure a finished run with its memory on and with η = 0: loss by position, growing context, recall."""
+    """Measure a finished run with its memory on and with η = 0: loss by position, growing context, recall.
+
+    With --memories: train both memories from one decoder, as a recipe says
+    (recipes/memories.yaml when none is given), and ask both the same
+    questions. What was trained before is only asked.
+    """
+    if memories:
+        from inlay.memories import evaluate_memories
+
+        evaluate_memories(run, overrides or (), runs, console, errors)
+        return
+    if run is None or overrides:
+        raise typer.BadParameter("give one run's directory", param_hint="RUN")
     from inlay.data import load_data
     from inlay.evaluate import evaluate_model
     from inlay.train import load_run, write_run_report

@@ -124,5 +124,7 @@ class _Listening:
         """Print the lines of the transcript that are new."""
         for second, line in run.transcript[self._printed :]:
             minutes, rest = divmod(second, 60)
-            console.print(f"{minutes:3.0f}:{rest:04.1f}  {self._printable(line)}", markup=False, highlight=False)
+            console.print(
+                f"{minutes:3.0f}:{rest:04.1f}  {self._printable(line)}", markup=False, highlight=False, soft_wrap=True
+            )
         self._printed = len(run.transcript)

@@ -144,10 +144,11 @@ def _clip_item(commits: Sequence[Commit]) -> Figure | Text:
 def _pace_section(run: Run) -> Section:
     every = max(1, round(len(run.milliseconds) / 400))
     groups = [run.milliseconds[i : i + every] for i in range(0, len(run.milliseconds), every)]
+    means = [float(np.mean(group)) for group in groups]
     seconds = [(i * every + len(group)) / run.frame_rate for i, group in enumerate(groups)]
     limit = 1000 / run.frame_rate
     series = [
-        Series("a frame takes", seconds, [float(np.mean(group)) for group in groups]),
+        Series("a frame takes", seconds, means),
         Series(f"it lasts {limit:.0f} ms", [seconds[0], seconds[-1]], [limit, limit], muted=True),
     ]
     over = f"mean of {every} frames, ms" if every > 1 else "ms"
@@ -160,7 +161,10 @@ def _pace_section(run: Run) -> Section:
     text = f"A frame of {limit:.0f} ms with Mimi, the language model and the memory."
     if with_commit:
         text += f" The frames that commit took {float(np.mean(list(with_commit.values()))):.1f} ms on average."
-    return Section("Pace", text, [_over_time("Time per frame", series, over), table])
+    # The first frame of a process takes many times as long as the others, which would then all look like none.
+    top = 1.5 * max(limit, float(np.percentile(means, 98)))
+    caption = "What takes longer leaves the picture; the slowest is in the table." if max(means) > top else ""
+    return Section("Pace", text, [_over_time("Time per frame", series, over, caption, top=top), table])
 
 
 def _transcript_section(run: Run) -> Section:

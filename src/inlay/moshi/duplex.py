@@ -28,6 +28,7 @@ from inlay.fastweight.memory import attach_pretrained
 from inlay.moshi.checkpoint import load_finetuned
 from inlay.moshi.commits import Commit, CommitLog
 from inlay.moshi.lm_gen import MemoryLMGen
+from inlay.moshi.loss import uncompiled
 from inlay.moshi.session import load_session, save_session
 from inlay.moshi.streaming import stream_of
 from inlay.moshi.weights import CONFIG_NAME, load_checkpoint
@@ -166,6 +167,10 @@ class Duplex:
     @torch.no_grad()
     def hear(self, samples: Samples) -> Reply:
         """Hear one frame of the user's voice, ``[frame_size]`` float32 at Mimi's rate, and answer."""
+        with uncompiled(self.moshi.lm.device):  # Kyutai's small kernels: on a CPU compiling them takes a minute
+            return self._hear(samples)
+
+    def _hear(self, samples: Samples) -> Reply:
         began = time.perf_counter()
         mimi, device = self.moshi.mimi, self.moshi.lm.device
         codes = mimi.encode(torch.from_numpy(samples).to(device).view(1, 1, -1))

@@ -80,7 +80,7 @@ def encode(
         )
     console.print(
         f"{out}: {summary.files:,} conversations, {summary.frames:,} frames ({summary.hours:.2f} h); "
-        f"{summary.encoded:,} encoded now, {summary.skipped:,} problems skipped"
+        f"{summary.encoded:,} encoded now, {summary.skipped:,} skipped"
     )
 
 
@@ -104,7 +104,7 @@ def synthesise(
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[float, float], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors) as bar:
+    with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task(what, total=None)
 
         def told(done: float, total: float) -> None:

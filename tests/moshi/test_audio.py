@@ -191,7 +191,7 @@ def test_sound_data_has_exit_code_0_and_none_at_all_1(tmp_path: Path) -> None:
 def test_problems_stop_or_are_skipped_as_the_caller_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = write_conversation(tmp_path)
     manifest = write_manifest(tmp_path, [{"path": "gone.wav", "duration": 1}, good])
-    with pytest.raises(DataError, match=r"2 problems in the data[^\n]*\n.*data\.jsonl:1: audio .*gone\.wav is"):
+    with pytest.raises(DataError, match=r"1 problem in the data[^\n]*\n.*data\.jsonl:1: .*gone\.wav is missing; tr"):
         sound_conversations(str(manifest), Problems("raise"))
     kept = sound_conversations(str(manifest), Problems("skip"))
     assert [conversation.file.path.name for conversation in kept] == ["a.wav"]

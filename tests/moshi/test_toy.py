@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from moshi.models import loaders
 
 from inlay.moshi.toy import ToySizes, write_toy_checkpoint
 from inlay.moshi.weights import MoshiWeightsError, load_checkpoint
+from moshi.models import loaders
 
 SIZES = ToySizes(dim=32, num_layers=2, num_heads=2, context=8, card=16, depformer_dim=16)
 
@@ -76,6 +76,13 @@ def test_the_tokenizer_has_moshis_special_ids_and_never_yields_them(folder: Path
         tokens = tokenizer.encode(text)
         assert min(tokens) > 3, text
         assert tokenizer.decode(tokens) == text
+
+
+def test_the_words_of_made_conversations_are_few_pieces(folder: Path) -> None:
+    sentence = "please remember the number of the office is seven three four nine"
+    words = sentence.split()
+    pieces = [len(load_checkpoint(folder).text_tokenizer.encode(word)) for word in words]
+    assert sum(pieces) <= 1.5 * len(words)
 
 
 def test_parts_are_built_at_first_use_and_overrides_reach_the_model(folder: Path) -> None:

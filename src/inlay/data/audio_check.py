@@ -130,8 +130,11 @@ def sound_conversations(data: str, problems: Problems, *, progress: Progress | N
         DataError: As `problems` has it, or no conversation is left.
     """
     report = check_audio(data, progress=progress)
+    reasons: dict[str, list[str]] = defaultdict(list)
     for finding in report.findings:
-        problems.report(finding.where, finding.reason)
+        reasons[finding.where].append(finding.reason)
+    for where, of_one in reasons.items():
+        problems.report(where, "; ".join(of_one))
     problems.check()
     if not report.conversations:
         raise DataError(f"no sound conversation in {data}: `inlay moshi check` lists what is wrong")

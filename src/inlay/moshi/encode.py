@@ -45,7 +45,7 @@ class EncodeSummary:
     """Of these, encoded by this call."""
 
     skipped: int
-    """Lines of DATA that were left out for a problem."""
+    """Lines of DATA that were left out, for a problem each."""
 
     frames: int
     """Frames in the store."""

@@ -27,7 +27,7 @@ from moshi.quantization.vq import ResidualVectorQuantizer, SplitResidualVectorQu
 from safetensors.torch import save_file
 from torch import nn
 
-from inlay.moshi.toy_text import TOY_TEXT
+from inlay.moshi.toy_text import toy_text
 from inlay.moshi.weights import CONFIG_NAME
 from moshi.models import loaders
 
@@ -55,8 +55,8 @@ class ToySizes:
     card: int = 64
     """Codes in a Mimi codebook: Moshi's 2,048."""
 
-    text_pieces: int = 512
-    """Pieces of the text tokenizer at most; 259 of them are bytes and the special ones."""
+    text_pieces: int = 640
+    """Pieces of the text tokenizer at most; 260 of them are bytes and the special ones."""
 
     depformer_dim: int = 32
     """Width of the depformer."""
@@ -196,9 +196,10 @@ def _train_tokenizer(pieces: int) -> bytes:
     model = io.BytesIO()
     # Id 0 ends padding in Moshi's text stream: with bytes for unknown letters no word ever yields it.
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TOY_TEXT),
+        sentence_iterator=toy_text(),
         model_writer=model,
         vocab_size=pieces,
+        model_type="bpe",
         hard_vocab_limit=False,
         byte_fallback=True,
         unk_id=0,

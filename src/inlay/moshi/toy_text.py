@@ -1,6 +1,20 @@
-"""The text that the toy checkpoint's tokenizer learns its pieces from."""
+"""The text that the toy checkpoint's tokenizer learns its pieces from.
 
-TOY_TEXT = (
+Moshi's 32,000 pieces hold nearly every spoken word whole, and a word whose pieces outnumber its frames is cut off in
+the text stream. So the toy learns from the conversations that :mod:`inlay.data.speech` makes, beside other sentences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from inlay.data.speech_dialogue import Dialogue
+
+_DIALOGUES, _EXCHANGES = 40, 25
+
+_SENTENCES = (
     "hello, good morning, how are you today?",
     "I am very well, thank you, and how was your journey?",
     "the train was late again, so I walked along the river for an hour",
@@ -26,3 +40,15 @@ TOY_TEXT = (
     "quick brown foxes jump over lazy dogs, extra vowels make jazz puzzling",
     "see you later, goodbye, and take care of yourself",
 )
+
+
+def toy_text() -> Iterator[str]:
+    """Sentences, the same ones each time."""
+    yield from _SENTENCES
+    for seed in range(_DIALOGUES):
+        dialogue = Dialogue(np.random.default_rng(seed), return_after=0)
+        for now in range(_EXCHANGES):
+            for turn in dialogue.exchange(now):
+                yield " ".join(turn.words)
+                if turn.fact is not None:
+                    dialogue.note_said(turn.fact, now)

@@ -76,8 +76,8 @@ class EvaluationSet:
         claimed = "" if self.claim == CLAIM else ", half of what full text gains over the best cut,"
         told = (
             f"{self.questions:,} questions about {self.contexts:,} contexts tell an exact match near 50 % to within "
-            f"**±{_points(self.half_width)}** (±{_points(self.half_width_contexts)} if the questions about a context "
-            f"are answered alike), and a difference of two methods to within **±{_points(self.difference)}** points. "
+            f"±{_points(self.half_width)} (±{_points(self.half_width_contexts)} if the questions about a context "
+            f"are answered alike), and a difference of two methods to within ±{_points(self.difference)} points. "
             f"To show a difference of {_points(self.claim)} points{claimed} takes {self.needed:,} questions."
         )
         return Section("Evaluation", told, [checks_table(self.checks)])

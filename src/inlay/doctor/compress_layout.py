@@ -21,7 +21,7 @@ from inlay.doctor.compress_case import Check, CompressCase, ReadBack, checks_tab
 from inlay.doctor.findings import Finding, Severity
 from inlay.report import Code, Section, Text
 from inlay.softtoken.batches import NO_LABEL, GenerationBatch, TrainingBatch
-from inlay.softtoken.pieces import special_ids
+from inlay.softtoken.pieces import special_ids, tokenise
 
 _ROWS = 8
 _WIDTH = 78
@@ -215,8 +215,7 @@ def _behind(case: CompressCase, rows: Sequence[_Row], examples: Sequence[QAExamp
         ids = [token.id for token in row.behind if token.id not in row.stop_ids]
         text = case.layout.decode([index for index in ids if index is not None])
         wanted = example.answers[0] if example.answers else case.layout.layout.unanswerable
-        readable = case.layout.tokenizer.unk_token_id not in ids
-        if None in ids or (readable and _squeezed(text) != _squeezed(wanted)):
+        if None in ids or not _alike(case, text, wanted):
             says = f"behind the prompt training has {text!r} where the answer is {wanted!r}"
             fix = "let layout.answer_ids tokenise the answer, whole and without special tokens"
             return Check(title, says, Finding("layout.answer", Severity.FATAL, says, fix))
@@ -243,9 +242,9 @@ def _question(case: CompressCase, rows: Sequence[_Row], examples: Sequence[QAExa
         return Check(title, "the layout leaves questions out, see Questions")
     for row, example in zip(rows, examples, strict=True):
         ids = [token.id for token in row.generation if token.id is not None]
-        if case.layout.tokenizer.unk_token_id in ids:
-            continue
-        if _squeezed(example.question) not in _squeezed(case.layout.tokenizer.decode(ids)):
+        if _as_read(case, example.question) not in _squeezed(
+            case.layout.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        ):
             says = f"the question {_short(example.question)!r} is not whole in what answering starts from"
             fix = "cut contexts (context_tokens), never the prompt"
             return Check(title, says, Finding("layout.question_lost", Severity.FATAL, says, fix))
@@ -326,6 +325,16 @@ def _legend() -> Text:
 
 def _printable(token: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in token)
+
+
+def _alike(case: CompressCase, text: str, wanted: str) -> bool:
+    return _squeezed(text) in (_squeezed(wanted), _as_read(case, wanted))
+
+
+def _as_read(case: CompressCase, text: str) -> str:
+    """``text`` as it comes back from its tokens: a tokenizer may normalise it, or not know a word."""
+    tokenizer = case.layout.tokenizer
+    return _squeezed(tokenizer.decode(tokenise(tokenizer, text, plain=True), clean_up_tokenization_spaces=False))
 
 
 def _squeezed(text: str) -> str:

@@ -41,7 +41,7 @@ SECONDS = 30.0
 LARGEST = 150_000_000
 """Numbers in a model that is still trained on a CPU."""
 
-_RATE = 3e-3
+_RATE = 6e-3
 _LOOK_EVERY = 5
 _LEARNT = 0.05  # nats a token: far below ln 2, where the likeliest token is in doubt
 _LOOKS = 3

@@ -93,12 +93,14 @@ def _lost(case: CompressCase, inside: Sequence[QAExample]) -> dict[str, int]:
     lost = dict.fromkeys([*([] if limit is None else [f"context_tokens: {limit}"]), *cuts], 0)
     for example in inside:
         whole = tuple(tokenise(tokenizer, example.context, plain=True))
+        ids_of_question = tokenise(tokenizer, example.question, plain=True)
+        asked = _squeezed(tokenizer.decode(ids_of_question, clean_up_tokenization_spaces=False))
         kept = whole[:limit]
         left = {f"context_tokens: {limit}": kept} if limit is not None else {}
         left |= {name: cut(kept) for name, cut in cuts.items()}
         for name, ids in left.items():
             text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
-            lost[name] += _squeezed(example.question) not in _squeezed(text)
+            lost[name] += asked not in _squeezed(text)
     return lost
 
 

@@ -21,7 +21,7 @@ from inlay.evaluate.collapse_results import ALIKE
 from inlay.evaluate.compress_methods import Budget, pooling
 from inlay.evaluate.scoring import evaluating
 from inlay.report import Section, heatmap
-from inlay.softtoken.compressors import CrossAttentionConfig
+from inlay.softtoken.compressors import CrossAttentionCompressor
 from inlay.softtoken.compressors.crossattention import sinusoids
 from inlay.softtoken.compressors.pool import PoolCompressor
 from inlay.softtoken.tokens import SoftTokens
@@ -156,10 +156,10 @@ def _rms(x: Tensor) -> float:
 
 def _added_positions(compressor: Any, contexts: Tensor, mask: Tensor) -> tuple[float | None, float | None]:
     """RMS of what a cross-attention reads and of the positions that it adds; None for other kinds."""
-    config = compressor.config
-    if not isinstance(config, CrossAttentionConfig):
+    if not isinstance(compressor, CrossAttentionCompressor):
         return None, None
-    content = compressor._source(compressor.lm.embed(contexts), mask)[mask]
+    config = compressor.config
+    content = compressor.source(compressor.lm.embed(contexts), mask)[mask]
     waves = sinusoids(torch.arange(contexts.shape[1], device=contexts.device), compressor.lm.width)
     # Calibrated, the source is normalised to RMS 1 and so are the waves.
     return (_rms(content), _rms(waves)) if config.positions == "raw" else (1.0, math.sqrt(2) * _rms(waves))

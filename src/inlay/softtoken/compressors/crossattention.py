@@ -110,7 +110,7 @@ class CrossAttentionCompressor(Compressor[CrossAttentionConfig]):
     def write(self, passage: Passage) -> Written:
         """The queries of one passage, after they have read."""
         text = passage.joined()
-        content = self._source(text.embeds, text.mask).to(self.queries.dtype)
+        content = self.source(text.embeds, text.mask).to(self.queries.dtype)
         steps = torch.arange(content.shape[1], device=content.device)
         waves, places = (sinusoids(at, self.lm.width).to(content.dtype) for at in (steps, text.runs.centres()))
         if self.config.positions == "raw":
@@ -123,7 +123,8 @@ class CrossAttentionCompressor(Compressor[CrossAttentionConfig]):
             slots = block(slots, places, keys, values, text.mask)
         return Written(self.calibrated(slots))
 
-    def _source(self, embeds: Tensor, mask: Tensor) -> Tensor:
+    def source(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """What is attended to, `[B, T, D]`, before any positions: the embeddings, or the hidden states they lead to."""
         if self.config.layer == 0:
             return embeds
         block = self.lm.blocks[self.config.layer - 1]

@@ -79,12 +79,13 @@ def compare_memories(
     refuse_another_run(directory, recipe, resume=True)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / RECIPE).write_text(dump_recipe(recipe))
+    # Of every task before anything is trained: data that cannot be had should not be found out after minutes.
+    asked = {task: load_qa(section.data).eval[: recipe.evaluate.examples] for task, section in recipe.tasks.items()}
     found = []
-    for task in recipe.tasks:
+    for task, examples in asked.items():
         place = directory / task
         decoder = keep_decoder(recipe.task_recipe(task), place / DECODER, console)
         reading = _read(recipe.reading(task, decoder), place / FAST_WEIGHTS.replace(" ", "-"), task, console)
-        examples = load_qa(recipe.tasks[task].data).eval[: recipe.evaluate.examples]
         compression = recipe.compression(task, decoder, _slots(recipe, reading, examples))
         soft = _compress(compression, place / SOFT_TOKENS.replace(" ", "-"), task, console)
         found.append(_measure(recipe, task, decoder, reading, soft, examples, progress(task)))

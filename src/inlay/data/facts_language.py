@@ -2,7 +2,7 @@
 
 `SMALL` is closed and lower case, a few hundred words, so that a model of 200k parameters learns to read it in minutes.
 `ENGLISH` has several thousand words, two ways to state each of its facts, years, dates and trades.
-`PAIRS` is key-value recall with the words of `SMALL`: a name and its value, and the name is the question.
+`PAIRS` is key-value recall with the words of `SMALL`: a name, an attribute and its value, and the first two are asked.
 
 A name is a head and a tail ("clara ashford"). A value is a phrase of any length: plural nouns, each under up to two
 adjectives, tied by joints ("old lanterns beside narrow copper doors"); in `ENGLISH` also a year, a date or a trade.
@@ -13,6 +13,7 @@ one of them once in a context has stated the value that holds it once. `tests/da
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -92,17 +93,24 @@ def _small_attribute(word: str) -> Attribute:
     )
 
 
-def _small_kind(heads: tuple[str, ...], attributes: str) -> Kind:
-    lower = tuple(head.lower() for head in heads[:16])
-    return Kind(lower, "{head} {tail}", tuple(map(_small_attribute, split_words(attributes))))
+def _pair(word: str) -> Attribute:
+    return Attribute((f"{{name}} {word} {{value}}.",) * 2, f"{{name}} {word}")
+
+
+def _small_kinds(attribute: Callable[[str], Attribute]) -> tuple[Kind, ...]:
+    said = (
+        (PEOPLE, "gift tool dream cargo prize burden secret craft"),
+        (PLACES, "emblem harvest export relic legend tribute pride supply"),
+        (THINGS, "content price cover ornament lining mark purpose origin"),
+    )
+    return tuple(
+        Kind(tuple(head.lower() for head in heads[:16]), "{head} {tail}", tuple(map(attribute, split_words(words))))
+        for heads, words in said
+    )
 
 
 SMALL = Language(
-    kinds=(
-        _small_kind(PEOPLE, "gift tool dream cargo prize burden secret craft"),
-        _small_kind(PLACES, "emblem harvest export relic legend tribute pride supply"),
-        _small_kind(THINGS, "content price cover ornament lining mark purpose origin"),
-    ),
+    kinds=_small_kinds(_small_attribute),
     tails=tuple(tail.lower() for tail in TAILS[:48]),
     nouns=NOUNS[:120],
     adjectives=ADJECTIVES[:40],
@@ -310,12 +318,7 @@ ENGLISH = Language(
     capitals=True,
 )
 
-PAIRS = replace(
-    SMALL,
-    kinds=(
-        Kind(tuple(head.lower() for head in PEOPLE), "{head} {tail}", (Attribute(("{name} {value}.",) * 2, "{name}"),)),
-    ),
-)
+PAIRS = replace(SMALL, kinds=_small_kinds(_pair))
 
 LANGUAGES: dict[str, Language] = {"small": SMALL, "english": ENGLISH, "pairs": PAIRS}
 """By the name that `FactsConfig.vocabulary` gives them."""

@@ -135,7 +135,8 @@ class FactsConfig(_Config):
 
     vocabulary: Literal["small", "english", "pairs"] = "small"
     """`small`: a few hundred lower-case words, for a model trained from scratch in minutes. `english`: richer
-    sentences, for pretrained models. `pairs`: key-value recall, a name and its value without a sentence around them."""
+    sentences, for pretrained models. `pairs`: key-value recall, a name, an attribute and its value without a sentence
+    around them."""
 
     facts: int = Field(8, ge=1, le=256)
     """Facts in a context. A model that learns from scratch wants few first (see `with_facts`)."""
@@ -206,10 +207,6 @@ class FactsConfig(_Config):
                 raise ValueError(
                     f"answer_lengths has {length}: {weight}; lengths are 1 to {LONGEST_ANSWER} words, weights above 0"
                 )
-        if self.facts_per_entity > (most := min(len(kind.attributes) for kind in language.kinds)):
-            raise ValueError(
-                f"facts_per_entity is {self.facts_per_entity}; vocabulary: {self.vocabulary} has {most} to say of one"
-            )
         if self.questions > self.facts:
             raise ValueError(f"{self.questions} questions need as many facts; facts is {self.facts}")
         if (nouns := len(self.language.nouns)) < self.facts + SPARE_NOUNS:

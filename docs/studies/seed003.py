@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import textwrap
@@ -35,11 +34,11 @@ from inlay.data import DataError, QAExample, load_qa
 from inlay.evaluate.compress_methods import Budget, context_ids, cut_methods, text_methods
 from inlay.evaluate.squad import SquadScores, squad_scores
 from inlay.fastweight import InlayError
+from inlay.memories import keep_decoder
 from inlay.report import Table
 from inlay.report.console import rich_table
 from inlay.report.jsonfile import plain, write_json
 from inlay.softtoken.prompting import evaluating
-from inlay.train.base_lm import build_base_lm
 from inlay.train.compress import CompressRun, load_compress_run, train_compressor
 from inlay.train.compress_recipe import CompressRecipe, load_compress_recipe, parse_compress_recipe
 from inlay.train.directory import DONE, RECIPE
@@ -161,20 +160,6 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def frozen_decoder(base: CompressRecipe, directory: Path, console: Console) -> str:
-    """Where the decoder of all arms lies: the recipe's, or one that is trained once and kept in ``directory``."""
-    if base.decoder.name_or_path is not None:
-        return base.decoder.name_or_path
-    place = directory / "decoder"
-    model, tokenizer = build_base_lm(base, console)  # from the cache, if it was trained before
-    if not (place / "config.json").is_file():
-        new = directory / ".decoder"
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        os.replace(new, place)
-    return str(place)
-
-
 def run_arm(
     arm: Arm,
     recipe: CompressRecipe,
@@ -289,7 +274,7 @@ def study(
     needed = {arm.weights_of for arm in chosen}
     todo = [arm for arm in arms if arm in chosen or arm.name in needed]
     directory.mkdir(parents=True, exist_ok=True)
-    decoder = frozen_decoder(base, directory, console)
+    decoder = keep_decoder(base, directory / "decoder", console)
     examples = load_qa(base.data).eval[: questions or base.evaluate.examples]
     results: dict[str, dict[str, Any]] = {}
     for number, arm in enumerate(todo, 1):

@@ -52,6 +52,18 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
 ) -> None:
     """Train what a recipe says; everything about the run lands in RUNS/NAME."""
+    from inlay.train.kinds import recipe_kind
+
+    if recipe_kind(recipe) == "moshi":
+        from inlay.train.moshi import train_moshi
+        from inlay.train.moshi_recipe import load_moshi_recipe
+        from inlay.train.moshi_report import write_moshi_report
+
+        moshi = load_moshi_recipe(recipe, overrides or ())
+        directory = moshi.run_dir or runs / moshi.name
+        train_moshi(moshi, directory, resume=resume, console=console)
+        console.print(f"report: {write_moshi_report(directory)}")
+        return
     from inlay.train import load_recipe, train, write_run_report
 
     loaded = load_recipe(recipe, overrides or ())

@@ -29,7 +29,7 @@ class MoshiForTraining(nn.Module):
 
     Attributes:
         lm: The language model; with its memory, if it has one.
-        config: The weights of the loss.
+        loss_config: The weights of the loss.
 
     Args:
         lm: The language model.
@@ -56,7 +56,7 @@ class MoshiForTraining(nn.Module):
         if lm.fuser is not None or lm.condition_provider is not None:
             raise InlayError("this model is conditioned (it has a fuser); training with conditions is not supported")
         self.lm = lm
-        self.config = config or LossConfig()
+        self.loss_config = config or LossConfig()
         self._boundary: Literal["reset", "carry"] = boundary
         self._frames_at_once = frames_at_once
         undo_attention = use_windowed_attention(lm.transformer, block=queries_at_once)
@@ -101,7 +101,7 @@ class MoshiForTraining(nn.Module):
         documents = self._documents(documents)
         steps = training_steps(self.lm, codes, documents)
         hidden = self.hidden(embed(self.lm, steps.read), documents)
-        return moshi_loss(self.lm, hidden, steps, self.config, frames_at_once=self._frames_at_once)
+        return moshi_loss(self.lm, hidden, steps, self.loss_config, frames_at_once=self._frames_at_once)
 
     def hidden(self, x: Tensor, documents: Tensor | None) -> Tensor:
         """The main transformer's normed output ``[B, T, D]`` of embeddings ``x`` ``[B, T, D]``."""

@@ -1,0 +1,209 @@
+"""One training run of Moshi: from a recipe to a directory that holds everything about it.
+
+runs/NAME/
+  recipe.yaml       the recipe as it ran, overrides included
+  metrics.jsonl     what the Trainer logged, one line per log
+  tensorboard/      the same for TensorBoard
+  checkpoint-N/     to resume from
+  moshi/            what was trained: see :mod:`inlay.moshi.checkpoint`
+  report.html
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from moshi.models.lm import LMModel
+from rich.console import Console
+from transformers import set_seed
+
+from inlay.data.problems import DataError
+from inlay.fastweight import Memory, attach
+from inlay.moshi.checkpoint import load_finetuned
+from inlay.moshi.lora import add_lora, embedding_parameters, lora_layers
+from inlay.moshi.model import MoshiForTraining
+from inlay.moshi.sequences import MoshiData, collate_sequences, load_sequences
+from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
+from inlay.moshi.yarn import apply_yarn
+from inlay.train.directory import DONE, RECIPE, RunError, refuse_another_run, run_trainer, training_arguments
+from inlay.train.monitor import MemoryMonitor
+from inlay.train.moshi_recipe import MoshiRecipe, load_moshi_recipe
+from inlay.train.moshi_trainer import FINETUNED, MoshiTrainer
+from inlay.train.yaml_recipe import RecipeError, dump_recipe
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class MoshiRun:
+    """A finished run, loaded.
+
+    Attributes:
+        directory: Where it lies.
+        recipe: What it ran.
+        checkpoint: The checkpoint that was fine-tuned: Mimi and the text tokenizer are its.
+        lm: The trained model, in eval mode and in the dtype of the recipe's base model.
+        memory: Its memory; None if it has none.
+    """
+
+    directory: Path
+    recipe: MoshiRecipe
+    checkpoint: MoshiCheckpoint
+    lm: LMModel
+    memory: Memory | None
+
+
+def train_moshi(
+    recipe: MoshiRecipe, directory: Path, *, resume: bool = False, console: Console | None = None
+) -> dict[str, float]:
+    """Train what ``recipe`` says and leave everything in ``directory``.
+
+    Args:
+        recipe: A checked recipe.
+        directory: The run's own directory.
+        resume: Go on from the last checkpoint in ``directory``; from the start if there is none.
+        console: Where data and model are summed up before training; None for nowhere.
+
+    Returns:
+        The Trainer's closing metrics.
+
+    Raises:
+        RunError: ``directory`` holds a run already (without ``resume``), or another one (with it).
+        DataError: The data cannot be read or were encoded for another model.
+        MemoryNeverReadError: No document is longer than a chunk.
+    """
+    console = console or Console(quiet=True)
+    refuse_another_run(directory, recipe, resume)
+    arguments = training_arguments(directory, recipe.seed, recipe.trainer_arguments())
+    set_seed(recipe.seed)
+    data = load_sequences(recipe.data)
+    checkpoint = load_checkpoint(
+        recipe.moshi_paths.hf_repo_id, device=arguments.device, dtype=_DTYPES[recipe.param_dtype]
+    )
+    refuse_other_codes(data, checkpoint)
+    lm, memory = build_moshi(recipe, checkpoint)
+    if memory is not None:
+        memory.check_lengths([_longest(data, memory)])
+        for name, split in (("Training", data.train_statistics), ("Evaluation", data.eval_statistics)):
+            console.print(split.table(name, chunk_size=memory.config.chunk_size, boundary=memory.config.boundary))
+    console.print(_model_line(lm, memory))
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / RECIPE).write_text(dump_recipe(recipe))
+    (directory / DONE).unlink(missing_ok=True)
+    task = MoshiForTraining(lm, recipe.loss)
+    trainer = MoshiTrainer(
+        checkpoint_config=checkpoint_config(checkpoint),
+        pct_start=recipe.optim.pct_start,
+        memory=memory,
+        memory_learning_rate=recipe.optim.memory_lr,
+        monitor=None if memory is None else MemoryMonitor(memory),
+        model=task,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        data_collator=collate_sequences,
+    )
+    try:
+        metrics = run_trainer(trainer, directory, resume=resume, console=console)
+        if trainer.is_world_process_zero():
+            trainer.save_model(str(directory))
+            (directory / DONE).write_text("")
+    finally:
+        task.restore()
+    return metrics
+
+
+def build_moshi(recipe: MoshiRecipe, checkpoint: MoshiCheckpoint) -> tuple[LMModel, Memory | None]:
+    """The recipe's model with adapters and memory, in training mode, its parameters chosen by the recipe's mode."""
+    lm = checkpoint.load_lm(gradient_checkpointing=recipe.gradient_checkpointing)
+    if recipe.yarn is not None:
+        apply_yarn(lm, recipe.yarn)
+    lm.train()
+    if recipe.lora.enable:
+        add_lora(lm, recipe.lora)
+    memory = None if recipe.memory is None else attach(lm, recipe.memory)
+    if memory is not None and recipe.mode != "lora":
+        memory.train_only(recipe.mode)
+    else:
+        lm.requires_grad_(recipe.mode == "all")
+        for layer in lora_layers(lm):
+            layer.lora_A.requires_grad_(True)
+            layer.lora_B.requires_grad_(True)
+    if recipe.lora.enable and recipe.lora.ft_embed:
+        for parameter in embedding_parameters(lm).values():
+            parameter.requires_grad_(True)
+    for parameter in lm.parameters():  # the optimizer's steps are smaller than bfloat16 can tell
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
+    return lm, memory
+
+
+def load_moshi_run(directory: Path, *, device: str | torch.device | None = None, **overrides: Any) -> MoshiRun:
+    """Load a finished run.
+
+    Args:
+        directory: The run's.
+        device: The GPU if there is one, else the CPU.
+        overrides: Arguments of ``LMModel``.
+
+    Raises:
+        RunError: ``directory`` is no run, or one that has not finished.
+        CheckpointError: Its files are damaged.
+    """
+    if not (directory / RECIPE).is_file():
+        raise RunError(f"{directory} is no run: it has no {RECIPE}")
+    recipe = load_moshi_recipe(directory / RECIPE)
+    if not (directory / DONE).is_file():
+        raise RunError(
+            f"the run in {directory} has not finished; go on with: inlay train {directory / RECIPE} --resume"
+        )
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = load_checkpoint(recipe.moshi_paths.hf_repo_id, device=where, dtype=_DTYPES[recipe.param_dtype])
+    lm, memory = load_finetuned(checkpoint, directory / FINETUNED, **overrides)
+    if recipe.yarn is not None:
+        apply_yarn(lm, recipe.yarn)
+    return MoshiRun(directory, recipe, checkpoint, lm, memory)
+
+
+def checkpoint_config(checkpoint: MoshiCheckpoint) -> dict[str, Any]:
+    """What ``config.json`` of a checkpoint holds, or would hold."""
+    raw = checkpoint.info.raw_config
+    return dict(checkpoint.lm_config if raw is None else raw)
+
+
+def refuse_other_codes(data: MoshiData, checkpoint: MoshiCheckpoint) -> None:
+    """Make sure that the codes were made for this model.
+
+    Raises:
+        DataError: Another Mimi or text tokenizer made them.
+    """
+    for store in (*data.train.stores, *data.eval.stores):
+        for what, theirs, ours in (
+            ("Mimi", store.identity.mimi, checkpoint.mimi_hash),
+            ("text tokenizer", store.identity.tokenizer, checkpoint.tokenizer_hash),
+        ):
+            if theirs != ours:
+                raise DataError(
+                    f"{store.directory} was encoded with another {what} than {checkpoint.source} has; encode the "
+                    f"audio with it: inlay moshi encode DATA OUT --weights {checkpoint.source}"
+                )
+
+
+def _longest(data: MoshiData, memory: Memory) -> int:
+    rows = data.train_statistics.rows
+    if memory.config.boundary == "carry":
+        return max(map(sum, rows))
+    return max(max(row) for row in rows)
+
+
+def _model_line(lm: LMModel, memory: Memory | None) -> str:
+    count = sum(parameter.numel() for parameter in lm.parameters())
+    trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
+    if not trained:
+        raise RecipeError("nothing is trained: the mode leaves no parameter that requires a gradient")
+    line = f"Moshi: {count:,} parameters, {trained:,} trained"
+    return line if memory is None else f"{line}\n{memory}"

@@ -1,0 +1,243 @@
+"""A recipe for Kyutai's Moshi: moshi-finetune's settings under their names, with a memory.
+
+    moshi_paths: {hf_repo_id: kyutai/moshiko-pytorch-bf16}          # or a folder with the same files
+    memory:      {layers: every:6, chunk_size: 256, eta: 3.0e-4}    # or null, for the same run without a memory
+    mode:        memory+lora
+    data:        {train_data: "codes/daily:3,codes/calls:1"}        # folders that `inlay moshi encode` wrote
+    duration_sec: 2560
+    lora:        {enable: true, rank: 128, scaling: 2.0}
+
+What makes a YAML file a recipe of this kind is its ``moshi_paths`` section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from inlay.fastweight import FastWeightConfig
+from inlay.moshi.interleave import FRAME_RATE
+from inlay.moshi.lora import LoraConfig
+from inlay.moshi.loss import LossConfig
+from inlay.moshi.sequences import SequenceConfig
+from inlay.moshi.yarn import YarnConfig
+from inlay.train.recipe import DoctorSection
+from inlay.train.yaml_recipe import Section, check_trainer, read_recipe
+
+MoshiMode = Literal["memory", "memory+layers", "memory+lora", "lora", "all"]
+
+_KNOBS = {
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "num_microbatches",
+    "max_steps": "max_steps",
+    "max_grad_norm": "max_norm",
+    "learning_rate": "optim.lr",
+    "weight_decay": "optim.weight_decay",
+    "lr_scheduler_type": "optim.pct_start",
+    "warmup_steps": "optim.pct_start",
+    "logging_steps": "log_freq",
+    "eval_steps": "eval_freq",
+    "eval_strategy": "do_eval",
+    "save_steps": "ckpt_freq",
+    "save_strategy": "do_ckpt",
+    "save_total_limit": "num_ckpt_keep",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "bf16": "param_dtype",
+    "fp16": "param_dtype",
+}
+
+
+class MoshiPaths(Section):
+    """Where the model comes from."""
+
+    hf_repo_id: str = "kyutai/moshiko-pytorch-bf16"
+    """A repository of the hub, or a folder with the same files."""
+
+
+class OptimSection(Section):
+    """AdamW and its one-cycle schedule."""
+
+    lr: float = Field(default=1e-4, gt=0)
+    """The highest learning rate."""
+
+    memory_lr: float | None = Field(default=None, gt=0)
+    """That of the memory's own parameters; ``lr`` when not given."""
+
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decay, of everything but norms."""
+
+    pct_start: float = Field(default=0.05, ge=0, le=1)
+    """Share of the steps in which the rate rises; it falls along a cosine afterwards."""
+
+
+class MoshiEvaluateSection(Section):
+    """What ``inlay evaluate`` measures."""
+
+    batch_size: int = Field(default=1, ge=1)
+    """Sequences per forward."""
+
+    max_sequences: int | None = Field(default=None, ge=1)
+    """Take no more than so many, evenly spaced; all when not given."""
+
+    returned_after: int | None = Field(default=None, ge=0)
+    """A phrase counts as returned when it was first said more than so many frames ago; when not given, more than the
+    attention window of one layer."""
+
+
+class MoshiRecipe(Section):
+    """One training run of Moshi."""
+
+    name: str = Field(pattern=r"^[\w.+-]+$")
+    """Names the run's directory."""
+
+    moshi_paths: MoshiPaths
+    memory: FastWeightConfig | None = None
+    mode: MoshiMode = "memory"
+    """What is trained: ``memory``, ``memory+layers`` (also the blocks that hold one), ``memory+lora``, ``lora`` (alone,
+    without a memory) or ``all``."""
+
+    yarn: YarnConfig | None = None
+    """A longer attention window than the model was trained with."""
+
+    data: SequenceConfig
+    """Its ``duration_sec`` and ``seed`` are the recipe's own."""
+
+    duration_sec: float = Field(default=100.0, gt=0, le=2560)
+    """Seconds of a training sequence; 2,560 are 32,000 frames."""
+
+    batch_size: int = Field(default=1, ge=1)
+    """Sequences in a batch, on each device."""
+
+    num_microbatches: int = Field(default=1, ge=1)
+    """Batches whose gradients are averaged before a step."""
+
+    first_codebook_weight_multiplier: float = Field(default=1.0, ge=0)
+    """Weight of Moshi's first codebook among its eight."""
+
+    text_padding_weight: float = Field(default=0.5, ge=0)
+    """Weight of padding in the text stream."""
+
+    lora: LoraConfig = LoraConfig()
+    optim: OptimSection = OptimSection()
+
+    max_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
+
+    max_steps: int = Field(default=100, ge=1)
+    """Optimizer steps."""
+
+    log_freq: int = Field(default=1, ge=1)
+    """Steps between logs."""
+
+    do_eval: bool = False
+    """Whether the evaluation loss is measured while training."""
+
+    eval_freq: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0: at the end alone."""
+
+    do_ckpt: bool = True
+    """Whether checkpoints to resume from are written."""
+
+    ckpt_freq: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0: none to resume from, the trained weights at the end alone."""
+
+    num_ckpt_keep: int | None = Field(default=3, ge=1)
+    """Checkpoints that are kept; null: all."""
+
+    gradient_checkpointing: bool = True
+    """Make activations again in the backward rather than keep them."""
+
+    param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of the base model. What is trained is float32 and, with bfloat16, computed with in bfloat16."""
+
+    seed: int = Field(default=0, ge=0)
+    """Fixes initial adapters, the sequences and their order."""
+
+    run_dir: Path | None = None
+    """The run's directory; RUNS/NAME when not given."""
+
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of transformers' ``TrainingArguments`` by their own names."""
+
+    evaluate: MoshiEvaluateSection = MoshiEvaluateSection()
+    doctor: DoctorSection = DoctorSection(frame_rate=FRAME_RATE)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _data_take_what_the_recipe_says(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not isinstance(raw.get("data"), dict):
+            return raw
+        own = {key: raw.get(key, cls.model_fields[key].default) for key in ("duration_sec", "seed")}
+        for key, value in own.items():
+            if key in raw["data"] and raw["data"][key] != value:
+                raise ValueError(f"data.{key} is the recipe's own {key}; set that one")
+        short = {} if "min_sec" in raw["data"] else {"min_sec": min(10.0, _number(own["duration_sec"]))}
+        return raw | {"data": short | raw["data"] | own}
+
+    @field_validator("trainer")
+    @classmethod
+    def _trainer_takes_these(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if key in _KNOBS:
+                raise ValueError(f"{key!r} has a setting of its own: {_KNOBS[key]}")
+        return check_trainer(value)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> MoshiRecipe:
+        if self.memory is None and self.mode not in ("lora", "all"):
+            raise ValueError(f"mode is {self.mode!r} but there is no memory; without one use mode: lora or all")
+        if self.memory is not None and self.mode == "lora":
+            raise ValueError("mode is 'lora' but there is a memory; use memory+lora, or memory: null")
+        if self.lora.enable != ("lora" in self.mode):
+            raise ValueError(
+                f"mode is {self.mode!r} and lora.enable is {str(self.lora.enable).lower()}; mode memory+lora (or lora) "
+                "and lora.enable: true go together"
+            )
+        return self
+
+    @property
+    def loss(self) -> LossConfig:
+        """The weights of the loss."""
+        return LossConfig(
+            first_codebook_weight_multiplier=self.first_codebook_weight_multiplier,
+            text_padding_weight=self.text_padding_weight,
+        )
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """The settings as transformers' ``TrainingArguments`` names them."""
+        arguments: dict[str, Any] = {
+            "per_device_train_batch_size": self.batch_size,
+            "per_device_eval_batch_size": self.evaluate.batch_size,
+            "gradient_accumulation_steps": self.num_microbatches,
+            "max_steps": self.max_steps,
+            "max_grad_norm": self.max_norm,
+            "learning_rate": self.optim.lr,
+            "weight_decay": self.optim.weight_decay,
+            "adam_beta2": 0.95,
+            "logging_steps": self.log_freq,
+            "save_total_limit": self.num_ckpt_keep,
+            "bf16": self.param_dtype == "bfloat16",
+            "save_strategy": "no",
+        }
+        if self.do_ckpt and self.ckpt_freq:
+            arguments |= {"save_strategy": "steps", "save_steps": self.ckpt_freq}
+        if self.do_eval:
+            arguments |= {"eval_strategy": "steps", "eval_steps": self.eval_freq or self.max_steps}
+        return arguments | self.trainer
+
+
+def load_moshi_recipe(path: str | Path, overrides: Sequence[str] = ()) -> MoshiRecipe:
+    """Read a recipe, apply ``overrides`` (``"section.key=value"``, values in YAML) and check it.
+
+    Raises:
+        RecipeError: The file is missing or no YAML mapping, or a key or value is wrong; names the key and, for an
+            unknown one, its nearest neighbour.
+    """
+    return read_recipe(MoshiRecipe, path, overrides)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 10.0

@@ -1,0 +1,213 @@
+"""Training Moshi from a recipe: modes, files, resuming, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from inlay import MemoryNeverReadError
+from inlay.cli import app
+from inlay.data.problems import DataError
+from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
+from inlay.train.directory import RunError
+from inlay.train.kinds import recipe_kind
+from inlay.train.moshi import build_moshi, load_moshi_run, train_moshi
+from inlay.train.moshi_recipe import MoshiRecipe, load_moshi_recipe
+from inlay.train.trainer import read_metrics
+from inlay.train.yaml_recipe import RecipeError, check_recipe, dump_recipe
+from tests.moshi.runs import make_recipe, make_store, make_toy
+
+LORA = {"enable": True, "rank": 2}
+MODES: dict[str, dict[str, Any]] = {
+    "memory": {"mode": "memory"},
+    "memory+layers": {"mode": "memory+layers"},
+    "memory+lora": {"mode": "memory+lora", "lora": LORA},
+    "lora": {"mode": "lora", "lora": LORA, "memory": None},
+    "all": {"mode": "all"},
+    "plain": {"mode": "all", "memory": None},
+}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> MoshiCheckpoint:
+    return make_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, toy: MoshiCheckpoint) -> Path:
+    return make_store(tmp_path_factory.mktemp("codes"), toy)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_mode_trains_what_it_says_and_leaves_it_to_be_loaded(
+    mode: str, toy: MoshiCheckpoint, store: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(toy, store, **MODES[mode])
+    chosen, _ = build_moshi(recipe, toy)
+    before = {name: p.detach().clone() for name, p in chosen.named_parameters()}
+    trains = {name for name, p in chosen.named_parameters() if p.requires_grad}
+    train_moshi(recipe, tmp_path)
+    run = load_moshi_run(tmp_path, device="cpu")
+    after = dict(run.lm.named_parameters())
+    assert after.keys() == before.keys()
+    changed = {name for name, p in after.items() if not torch.equal(p, before[name])}
+    drawn = {name for name in before if ".lora_A" in name}  # another draw than the run's own
+    assert changed - drawn <= trains
+    kinds = {".target." in name: True for name in changed}
+    assert kinds.get(True, False) == (run.memory is not None)
+    if mode == "memory":
+        assert all(".target." in name for name in changed)
+    if "lora" in mode:
+        assert {name for name in trains if ".lora_B" in name} <= changed
+    if mode == "memory+layers":
+        assert any(name.startswith("transformer.layers.2.self_attn") for name in changed)
+        assert not any(name.startswith("transformer.layers.1.") for name in changed)
+    if mode in ("all", "plain"):
+        assert {"text_emb.weight", "depformer_emb.0.weight", "linears.0.weight"} <= changed
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["loss/text"] + line["loss/audio"], rel=1e-3)
+        assert ("memory/sum_norm" in line) == (run.memory is not None)
+
+
+def test_the_loss_falls_on_a_batch_seen_again_and_again(toy: MoshiCheckpoint, store: Path, tmp_path: Path) -> None:
+    train_moshi(make_recipe(toy, store, mode="all", max_steps=25, batch_size=4), tmp_path)
+    losses = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("mode", ["memory+lora", "all"])
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
+    mode: str, toy: MoshiCheckpoint, store: Path, tmp_path: Path
+) -> None:
+    changes = MODES[mode] | {"max_steps": 4, "ckpt_freq": 2, "num_microbatches": 2, "batch_size": 1}
+    recipe = make_recipe(toy, store, **changes)
+    train_moshi(recipe, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    for name in ("checkpoint-4", "moshi"):
+        shutil.rmtree(tmp_path / "stopped" / name)
+    (tmp_path / "stopped" / "finished").unlink()
+    with pytest.raises(RunError, match="has not finished"):
+        load_moshi_run(tmp_path / "stopped")
+    with pytest.raises(RunError, match="holds a run already"):
+        train_moshi(recipe, tmp_path / "stopped")
+    train_moshi(recipe, tmp_path / "stopped", resume=True)
+    whole, resumed = (dict(load_moshi_run(tmp_path / name).lm.named_parameters()) for name in ("whole", "stopped"))
+    for name in whole:
+        assert torch.equal(whole[name], resumed[name]), name
+    one, other = (
+        [line for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line and line["step"] > 2]
+        for name in ("whole", "stopped")
+    )
+    assert [line["loss"] for line in one] == [line["loss"] for line in other]
+
+
+def test_microbatches_average_their_gradients(toy: MoshiCheckpoint, store: Path, tmp_path: Path) -> None:
+    weights = []
+    for batch_size, num_microbatches in ((2, 1), (1, 2)):
+        # Rows without padding and equal weights everywhere, so that the mean of means is the mean.
+        changes = {"batch_size": batch_size, "num_microbatches": num_microbatches, "text_padding_weight": 1.0}
+        directory = tmp_path / f"{batch_size}"
+        train_moshi(make_recipe(toy, store, mode="all", max_steps=2, **changes), directory)
+        weights.append(torch.cat([p.flatten() for p in load_moshi_run(directory).lm.parameters()]))
+    assert torch.allclose(weights[0], weights[1], atol=2e-4)
+
+
+def test_bfloat16_trains_float32_weights_on_a_bfloat16_base(toy: MoshiCheckpoint, store: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(toy, store, param_dtype="bfloat16", **MODES["memory+lora"])
+    half = load_checkpoint(toy.source, dtype=torch.bfloat16)
+    lm, _ = build_moshi(recipe, half)
+    assert {p.dtype for p in lm.parameters() if p.requires_grad} == {torch.float32}
+    assert lm.text_emb.weight.dtype == torch.bfloat16
+    train_moshi(recipe, tmp_path)
+    losses = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert len(losses) == 3
+    assert all(map(math.isfinite, losses))
+    assert load_moshi_run(tmp_path, device="cpu").lm.text_linear.lora_A.weight.dtype == torch.bfloat16
+
+
+def test_schedule_and_evaluation_are_moshi_finetunes(toy: MoshiCheckpoint, store: Path, tmp_path: Path) -> None:
+    changes = {"max_steps": 10, "do_eval": True, "eval_freq": 5, "optim": {"lr": 1e-3, "pct_start": 0.3}}
+    train_moshi(make_recipe(toy, store, **changes), tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=10, pct_start=0.3)
+    expected = []
+    for _ in range(10):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        if len(expected) < 10:
+            schedule.step()
+    logged = [rates[step] for step in sorted(rates)]
+    assert logged[1:9] in (pytest.approx(expected[1:9]), pytest.approx(expected[2:10]))
+    evaluated = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluated] == [5, 10]
+    for line in evaluated:
+        assert line["eval_perplexity/text"] == pytest.approx(math.exp(line["eval_loss/text"]))
+
+
+def test_the_command_trains_a_moshi_recipe_and_writes_its_report(
+    toy: MoshiCheckpoint, store: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "toy.yaml"
+    path.write_text(dump_recipe(make_recipe(toy, store)))
+    assert recipe_kind(path) == "moshi"
+    assert load_moshi_recipe(path) == make_recipe(toy, store)
+    result = CliRunner().invoke(app, ["train", str(path), "max_steps=2", "--runs", str(tmp_path / "runs")])
+    assert result.exit_code == 0, result.output
+    report = (tmp_path / "runs" / "toy" / "report.html").read_text()
+    assert "Training loss" in report
+    assert "The memory while training" in report
+    assert json.loads((tmp_path / "runs" / "toy" / "moshi" / "memory.json").read_text())["model"]["type"] == "LMModel"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"durations_sec": 3}, "durations_sec: unknown key; did you mean 'duration_sec'"),
+        ({"lora": {"rang": 3}}, "lora.rang: unknown key; did you mean 'rank'"),
+        ({"data": {"train_date": "x"}}, "data.train_date: unknown key; did you mean 'train_data'"),
+        ({"memory": None}, "mode is 'memory' but there is no memory"),
+        ({"mode": "memory+lora"}, r"lora.enable is false"),
+        ({"lora": {"enable": True}}, r"lora.enable is true"),
+        ({"mode": "lora", "lora": {"enable": True}}, "but there is a memory"),
+        ({"trainer": {"learning_rate": 1}}, "'learning_rate' has a setting of its own: optim.lr"),
+        ({"trainer": {"learning_rat": 1}}, "unknown key 'learning_rat'"),
+        ({"data": {"train_data": "x", "duration_sec": 3}}, "data.duration_sec is the recipe's own duration_sec"),
+        ({"duration_sec": 3000}, "duration_sec: Input should be less than or equal to 2560"),
+    ],
+)
+def test_a_wrong_setting_is_named(changes: dict[str, Any], message: str) -> None:
+    raw = {"name": "x", "moshi_paths": {}, "memory": {"layers": [0]}, "data": {"train_data": "x"}}
+    with pytest.raises(RecipeError, match=message):
+        check_recipe(MoshiRecipe, raw | changes)
+
+
+def test_codes_of_another_mimi_and_documents_of_one_chunk_are_refused(
+    toy: MoshiCheckpoint, store: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(store, other)
+    for path in other.glob("*.json"):
+        path.write_text(path.read_text().replace(toy.tokenizer_hash, "0" * 64))
+    with pytest.raises(DataError, match=r"encoded with another text tokenizer.*inlay moshi encode DATA OUT --weights"):
+        train_moshi(make_recipe(toy, other), tmp_path / "run")
+    with pytest.raises(MemoryNeverReadError, match="no document is longer than a chunk"):
+        train_moshi(make_recipe(toy, store, memory={"layers": [0], "chunk_size": 120}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_that_comes_along_is_valid() -> None:
+    recipe = load_moshi_recipe(Path("recipes/moshi.yaml"))
+    assert recipe.data.frames == 32_000
+    assert yaml.safe_load(dump_recipe(recipe))["moshi_paths"] is not None

@@ -97,6 +97,16 @@ def evaluate(
         return
     if run is None or overrides:
         raise typer.BadParameter("give one run's directory", param_hint="RUN")
+    from inlay.train.kinds import recipe_kind
+
+    if recipe_kind(run / "recipe.yaml") == "moshi":
+        from inlay.train.moshi_report import evaluate_moshi_run
+
+        moshi, page = evaluate_moshi_run(run)
+        for table in moshi.tables():
+            console.print(table)
+        console.print(f"figures: {run / 'evaluation.json'}\nreport: {page}")
+        return
     from inlay.data import load_data
     from inlay.evaluate import evaluate_model
     from inlay.train import load_run, write_run_report

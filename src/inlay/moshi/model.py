@@ -98,7 +98,7 @@ class MoshiForTraining(nn.Module):
             raise InlayError("the model is streaming; train outside lm.streaming(…)")
         if documents is not None and documents.shape != codes[:, 0].shape:
             raise InlayError(f"documents must be [B, T] = {[*codes[:, 0].shape]}; got {[*documents.shape]}")
-        documents = self._documents(documents)
+        documents = self.told_apart(documents)
         steps = training_steps(self.lm, codes, documents)
         hidden = self.hidden(embed(self.lm, steps.read), documents)
         return moshi_loss(self.lm, hidden, steps, self.loss_config, frames_at_once=self._frames_at_once)
@@ -124,8 +124,8 @@ class MoshiForTraining(nn.Module):
         finally:
             undo()
 
-    def _documents(self, documents: Tensor | None) -> Tensor | None:
-        """The documents that are told apart; None where every row is one without padding."""
+    def told_apart(self, documents: Tensor | None) -> Tensor | None:
+        """The documents ``[B, T]`` that are told apart; None where every row is one without padding."""
         if documents is None:
             return None
         if self.boundary == "carry":

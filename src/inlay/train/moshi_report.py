@@ -6,9 +6,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from inlay.evaluate.moshi import MoshiEvaluation, evaluate_moshi
+from inlay.evaluate.scoring import Progress
+from inlay.moshi.model import MoshiForTraining
+from inlay.moshi.sequences import load_sequences
 from inlay.report import Code, Headline, Report, Section, training_curves, write_report
 from inlay.report.provenance import provenance
 from inlay.train.directory import METRICS, RECIPE
+from inlay.train.moshi import load_moshi_run, refuse_other_codes
 from inlay.train.moshi_recipe import load_moshi_recipe
 from inlay.train.report import memory_sections
 from inlay.train.trainer import read_metrics
@@ -47,3 +52,32 @@ def write_moshi_report(directory: Path, sections: Sequence[Section] = ()) -> Pat
         provenance=provenance(),
     )
     return write_report(report, directory / "report.html")
+
+
+def evaluate_moshi_run(
+    directory: Path, *, device: str | None = None, progress: Progress | None = None
+) -> tuple[MoshiEvaluation, Path]:
+    """Measure a finished run, write ``evaluation.json`` and the report into its directory.
+
+    Args:
+        directory: The run's.
+        device: The GPU if there is one, else the CPU.
+        progress: Called with the sequences done and in all, for each variant.
+
+    Returns:
+        The evaluation and where the report is.
+
+    Raises:
+        RunError: It is no finished run.
+        DataError: The run's data cannot be read.
+    """
+    run = load_moshi_run(directory, device=device)
+    data = load_sequences(run.recipe.data)
+    refuse_other_codes(data, run.checkpoint)
+    task = MoshiForTraining(run.lm, run.recipe.loss)
+    try:
+        evaluation = evaluate_moshi(task, data.eval, **run.recipe.evaluate.model_dump(), progress=progress)
+    finally:
+        task.restore()
+    evaluation.write(directory / "evaluation.json")
+    return evaluation, write_moshi_report(directory, evaluation.sections())

@@ -68,7 +68,7 @@ class MoshiTrainer(InlayTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> OneCycleLR:
         """moshi-finetune's: one cycle, up along a cosine in ``pct_start`` of the steps and down in the rest."""
-        scheduler: OneCycleLR | None = self.lr_scheduler
+        scheduler: OneCycleLR | None = vars(self)["lr_scheduler"]
         if scheduler is None:
             optimizer = optimizer or self.optimizer
             peaks = [group["lr"] for group in optimizer.param_groups]

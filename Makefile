@@ -15,7 +15,8 @@ setup: $(STAMP)  ## Build .venv with the exact versions of constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt torch==2.13.0
-	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --constraint constraints.txt --editable '.[dev,moshi]'
+	$(PIP) install --no-deps moshi==0.2.13
 	@touch $(STAMP)
 
 demo: $(STAMP)   ## Train, evaluate and report on the embedded data (under 8 minutes on 2 cores)

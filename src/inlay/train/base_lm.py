@@ -26,7 +26,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -44,7 +44,8 @@ from inlay.softtoken.objectives import predictions
 from inlay.softtoken.pieces import tokenise
 from inlay.softtoken.prompting import BoundLayout
 from inlay.softtoken.tokens import SoftTokens, embed_text
-from inlay.train.compress_recipe import CompressRecipe
+from inlay.train.compress_recipe import BaseSection, CompressRecipe
+from inlay.train.muon import MuonAdamW, split_matrices
 from inlay.train.yaml_recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -135,7 +136,8 @@ def train_base_lm(
     tokenizer = facts_tokenizer(data)
     layout = recipe.layout.bind(tokenizer)
     model = untrained_lm(recipe, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=base.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = _optimizer(base, model)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     contexts = max(1, base.batch_size // data.questions)
     began, steps, found = time.monotonic(), 0, 0.0
     looks: list[tuple[int, int, float]] = []
@@ -148,8 +150,8 @@ def train_base_lm(
             bar = progress.add_task(f"decoder, {stage.data(data).facts} facts", total=stage.max_steps, note="")
             for step in range(stage.max_steps):
                 rate = _rate(steps, (before + step) / budget)
-                for group in optimizer.param_groups:
-                    group["lr"] = base.learning_rate * rate
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * rate
                 met = rng.randrange(number) if number and rng.random() < _REVIEWED else number
                 facts = base.stages[met].data(data)
                 examples = [facts_context(facts, "train", steps * contexts + place) for place in range(contexts)]
@@ -215,6 +217,13 @@ def base_loss(
         for logits, labels in ((read.logits, ids.masked_fill(mask == 0, NO_LABEL)), (said.logits, prompts)):
             loss = loss + text_weight * predictions(logits[:, : labels.shape[1]], labels).cross_entropy
     return loss
+
+
+def _optimizer(base: BaseSection, model: PreTrainedModel) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {"lr": base.learning_rate, "betas": (0.9, 0.98), "weight_decay": 0.0}
+    if base.muon is None:
+        return torch.optim.AdamW(model.parameters(), **settings)
+    return MuonAdamW(*split_matrices([model]), matrix_lr=base.muon, **settings)
 
 
 def _rate(steps: int, spent: float) -> float:

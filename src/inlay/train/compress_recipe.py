@@ -11,7 +11,7 @@
     trainer:     {max_steps: 2000, learning_rate: 1.0e-3}   # transformers' TrainingArguments
 
 What is trained is the compressor, and the decoder's own LoRA where ``decoder_lora`` asks for one. Each ratio of the
-compressor's list is trained: a step draws one.
+compressor's list is trained: a step draws one, or what ``curriculum`` and ``train_ratios`` say.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ class BaseSection(Section):
 
     learning_rate: float = Field(default=3e-3, gt=0)
     """Peak learning rate of AdamW."""
+
+    muon: float | None = Field(default=None, gt=0)
+    """Peak learning rate of Muon for the weights of linear layers; null trains them with AdamW like all else."""
 
     batch_size: int = Field(default=64, ge=1)
     """Questions per step."""
@@ -156,6 +159,16 @@ class PretrainingSection(Section):
         return {name: share / total for name, share in named.items() if share}
 
 
+class RatioStage(Section):
+    """A part of the run that draws from ratios of its own."""
+
+    until: float = Field(gt=0, lt=1)
+    """Where it ends, as a share of the run's steps."""
+
+    ratios: tuple[int, ...] = Field(min_length=1)
+    """What its steps draw from; a ratio that stands here twice is drawn twice as often."""
+
+
 class CompressEvaluateSection(Section):
     """What ``inlay compress evaluate`` measures."""
 
@@ -194,6 +207,17 @@ class CompressRecipe(Section):
     data: QAConfig
     objectives: ObjectivesSection = ObjectivesSection()
     pretraining: PretrainingSection | None = None
+
+    curriculum: tuple[RatioStage, ...] = ()
+    """Ratios that the first parts of the training draw from, in order: a frozen decoder reads slots of one or two
+    tokens long before those of four. What is left of the run draws from ``train_ratios``."""
+
+    train_ratios: tuple[int, ...] | None = None
+    """Ratios that a step draws from, when not all of the compressor's equally often: ``[4, 4, 8]``."""
+
+    muon: float | None = Field(default=None, gt=0)
+    """Peak learning rate of Muon for the weights of linear layers (LoRA and projector); null trains them with
+    ``trainer.optim`` like all else."""
 
     context_tokens: int | None = Field(default=None, ge=2)
     """Contexts are cut behind so many tokens; None reads them whole."""
@@ -243,15 +267,28 @@ class CompressRecipe(Section):
                 f"form kv is lost under {checkpointed[0]}, in which transformers' blocks drop their cache; take it out "
                 "of trainer, or use form: embeddings"
             )
-        unknown = sorted(set(self.evaluate.ratios or ()) - set(self.compressor.ratios))
-        if unknown:
-            raise ValueError(f"evaluate.ratios: {unknown} not among compressor.ratios {[*self.compressor.ratios]}")
+        asked = {"evaluate.ratios": self.evaluate.ratios or (), "train_ratios": self.train_ratios or ()}
+        asked |= {f"curriculum.{number}.ratios": stage.ratios for number, stage in enumerate(self.curriculum)}
+        for key, ratios in asked.items():
+            if unknown := sorted(set(ratios) - set(self.compressor.ratios)):
+                raise ValueError(f"{key}: {unknown} not among compressor.ratios {[*self.compressor.ratios]}")
+        if self.compressor.slots is not None and (self.curriculum or self.train_ratios):
+            raise ValueError("curriculum and train_ratios draw ratios, and compressor.slots fixes the slots; drop one")
+        ends = [stage.until for stage in self.curriculum]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"curriculum: stages end at {ends}; each ends later than the one before")
+        if self.muon is not None and "optim" in self.trainer:
+            raise ValueError("muon trains what it does not with AdamW; take optim out of trainer, or muon out")
         return self
 
     @property
     def draws(self) -> tuple[int | None, ...]:
-        """What a step draws its ratio from; None alone where the compressor has a fixed number of slots."""
-        return (None,) if self.compressor.slots is not None else self.compressor.ratios
+        """What a step draws its ratio from behind the curriculum; None alone where the compressor's slots are fixed."""
+        return (None,) if self.compressor.slots is not None else self.train_ratios or self.compressor.ratios
+
+    def draws_at(self, share: float) -> tuple[int | None, ...]:
+        """What a step draws from when so much of the run is over, 0 to 1."""
+        return next((stage.ratios for stage in self.curriculum if share < stage.until), self.draws)
 
 
 def check_compress_trainer(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from inlay.softtoken.cues import CUED, Cues
 from inlay.softtoken.objectives import OBJECTIVES, Objective, ObjectiveInputs, weighted_sum
 from inlay.softtoken.prompting import BoundLayout
 from inlay.train.compress_recipe import CompressRecipe
+from inlay.train.muon import MuonAdamW, split_matrices
 
 COMPRESSOR = "compressor"
 DECODER_ADAPTER = "decoder_adapter"
@@ -210,8 +211,9 @@ class CompressTrainer(Trainer):
         """The stage's loss of one batch; evaluation takes all of its objectives and the first ratio."""
         if model.training:
             rng = random.Random(f"{self.recipe.seed} {self.stage.name} {self.state.global_step}")
-            ratio, weights = rng.choice(self.recipe.draws), self.stage.step(rng)
             progress = self.state.global_step / max(1, self.state.max_steps)
+            draws = self.recipe.draws if self.stage.name == PRETRAINING else self.recipe.draws_at(progress)
+            ratio, weights = rng.choice(draws), self.stage.step(rng)
             sampling = self.recipe.objectives.scheduled_sampling * progress
         else:
             ratio, weights, sampling = self.recipe.draws[0], self.stage.weights, 0.0
@@ -219,6 +221,18 @@ class CompressTrainer(Trainer):
         for name, value in parts.items():
             self._parts[model.training][name].append(value)
         return (loss, parts) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's, or with ``muon`` in the recipe Muon for weights of linear layers and AdamW for the rest."""
+        if getattr(self, "optimizer", None) is None and self.recipe.muon is not None:
+            self.optimizer: torch.optim.Optimizer | None = MuonAdamW(
+                *split_matrices([self.model]),
+                matrix_lr=self.recipe.muon,
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                weight_decay=self.args.weight_decay,
+            )
+        return super().create_optimizer(model)
 
     def prediction_step(
         self,

@@ -94,7 +94,7 @@ def _small_attribute(word: str) -> Attribute:
 
 
 def _pair(word: str) -> Attribute:
-    return Attribute((f"{{name}} {word} {{value}}.",) * 2, f"{{name}} {word}")
+    return Attribute((f"{{name}} {word} {{value}}.",) * 2, f"{{name}} {word}?")
 
 
 def _small_kinds(attribute: Callable[[str], Attribute]) -> tuple[Kind, ...]:

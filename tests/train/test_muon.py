@@ -1,0 +1,93 @@
+"""Muon beside AdamW is what each of torch's own optimizers does alone, and goes on from a saved state."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from inlay.train.muon import MuonAdamW, split_matrices
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's too, a matrix, a bias and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(11, 6)
+        self.inner = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.inner(self.table(ids))))
+
+
+def loss(model: Tied) -> torch.Tensor:
+    ids = torch.arange(10)
+    return nn.functional.cross_entropy(model(ids), ids + 1)
+
+
+def optimizer(model: Tied) -> MuonAdamW:
+    return MuonAdamW(*split_matrices([model]), matrix_lr=0.02, lr=0.01, betas=(0.9, 0.98))
+
+
+def step(model: Tied, *optimizers: torch.optim.Optimizer) -> None:
+    model.zero_grad()
+    loss(model).backward()
+    for one in optimizers:
+        one.step()
+
+
+def equal(a: Tied, b: Tied) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_matrices_are_the_weights_of_linear_layers_that_are_trained_and_not_tied_to_an_embedding() -> None:
+    model = Tied()
+    matrices, others = split_matrices([model, model.inner])
+    assert [id(p) for p in matrices] == [id(model.inner.weight)]
+    expected = {id(p) for p in model.parameters()} - {id(model.inner.weight)}
+    assert {id(p) for p in others} == expected
+    assert len(others) == len(expected)
+    model.inner.weight.requires_grad_(False)
+    assert split_matrices([model])[0] == []
+
+
+def test_each_part_steps_as_torchs_own_optimizer_does() -> None:
+    ours, theirs = Tied(), Tied()
+    both = optimizer(ours)
+    muon = torch.optim.Muon([theirs.inner.weight], lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    rest = [p for p in theirs.parameters() if p is not theirs.inner.weight]
+    adamw = torch.optim.AdamW(rest, lr=0.01, betas=(0.9, 0.98), weight_decay=0.0)
+    for _ in range(5):
+        step(ours, both)
+        step(theirs, muon, adamw)
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter, theirs.get_parameter(name), rtol=0, atol=0)
+
+
+def test_a_scheduler_moves_both_learning_rates() -> None:
+    both = optimizer(Tied())
+    schedule = torch.optim.lr_scheduler.LambdaLR(both, lambda epoch: 0.5**epoch)
+    step(Tied(), both)
+    schedule.step()
+    assert [part.param_groups[0]["lr"] for part in both.parts] == [0.01, 0.005]
+
+
+def test_a_saved_state_goes_on_bit_for_bit() -> None:
+    straight, resumed = Tied(), Tied()
+    first, second = optimizer(straight), optimizer(resumed)
+    for _ in range(3):
+        step(straight, first)
+        step(resumed, second)
+    fresh = optimizer(resumed)
+    fresh.load_state_dict(second.state_dict())
+    for group in fresh.param_groups:
+        group["lr"] *= 2
+    for group in first.param_groups:
+        group["lr"] *= 2
+    step(straight, first)
+    step(resumed, fresh)
+    assert equal(straight, resumed)

@@ -31,7 +31,7 @@ from inlay.train.compress_recipe import load_compress_recipe
 from inlay.train.compress_report import measure_compress_run, write_compress_report
 from inlay.train.directory import RECIPE
 
-TASK = "facts"
+TASK = "terse"
 FULL_TEXT_ANSWERS = 0.95
 """Exact match of full text below which nothing is compared."""
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import decode, monitor, moshi_stream, operation, plan
+from benchmarks import decode, monitor, moshi, moshi_stream, operation, plan
 from benchmarks.entry import Benchmark, Entry
 from inlay.report.document import replace_atomically
 
@@ -27,6 +27,7 @@ ENTRIES: dict[str, Benchmark] = {
     "decode": decode.run,
     "monitor": monitor.run,
     "plan": plan.run,
+    "moshi": moshi.run,
     "moshi_stream": moshi_stream.run,
 }
 

@@ -201,7 +201,7 @@ class MoshiEvaluation:
         return self
 
     def gain(self, variant: str, stream: str, part: str = "returned") -> Interval:
-        """Bits per token that ``variant`` has less than the baseline, on the ``returned`` phrases or on the ``other`` tokens.
+        """Bits per token that ``variant`` has less than the baseline, on ``returned`` phrases or the ``other`` tokens.
 
         Raises:
             EvaluationError: There is no baseline.

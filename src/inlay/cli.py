@@ -239,7 +239,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except (InlayError, DataError) as error:
-        errors.print(f"[bold red]error:[/] {error}", highlight=False)
+        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         errors.print("interrupted")

@@ -98,7 +98,7 @@ def synthesise(
     config = SpeechConfig(conversations=conversations, duration=duration, return_after=return_after, seed=seed)
     with _progress("conversations") as progress:
         manifest = synthesise(config, out, progress=progress)
-    console.print(f"conversations: {manifest}")
+    console.print(f"conversations: {manifest}", soft_wrap=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def test_check_prints_the_figures_and_every_problem(tmp_path: Path) -> None:
     code, output = call("check", f"{sound}:2,{problems}:1")
     assert code == 1
     assert f"{problems}:1" in output.replace("\n", "")
-    assert "is mono" in output
+    assert re.search(r"\bis\W+mono\b", output)  # a long path before it may break the line in between
 
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")

@@ -31,6 +31,7 @@ from inlay.report import Code, Headline, Report, Section, save_png, training_cur
 from inlay.report import loss_by_position as plot_loss_by_position
 from inlay.report.provenance import provenance
 from inlay.train import load_recipe, load_run, read_metrics, training_curve
+from inlay.train.allocator import KEEP_FREED_MEMORY
 from inlay.train.directory import METRICS, RECIPE
 
 WITH = "memory"
@@ -48,10 +49,6 @@ TASKS = {
         "is the model that was trained with the memory, run without it.",
     ),
 }
-
-# The C library gives freed tensors of a few MB back to the system at every step unless it is told to keep them, and
-# fetching them again costs a third of the time at this size.
-_KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 
 
 class DemoError(InlayError, RuntimeError):
@@ -79,7 +76,7 @@ class Arm:
         command = [sys.executable, "-m", "inlay", "train", str(recipe), f"name={self.directory.name}"]
         command += ["memory=null"] if self.variant == NO_MEMORY else []
         command += ["--runs", str(self.directory.parent)]
-        environment = os.environ | _KEEP_FREED_MEMORY | {"OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | KEEP_FREED_MEMORY | {"OMP_NUM_THREADS": str(threads)}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from rich.console import Console
 from transformers import set_seed
 
@@ -25,21 +24,15 @@ from inlay.doctor.examine import Progress
 from inlay.train.base_lm import base_outcome, build_base_lm, untrained_lm
 from inlay.train.compress import build_task, load_decoder
 from inlay.train.compress_recipe import CompressRecipe
+from inlay.train.kinds import recipe_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_SECTIONS = {"decoder", "compressor", "layout", "objectives", "pretraining"}
-"""Sections that recipes of soft tokens have and those of fast weights have not."""
-
 
 def is_compress_recipe(path: str | Path) -> bool:
-    """Whether the file is a recipe of soft tokens, by its sections; False for what is no recipe at all."""
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False  # whoever loads the recipe says what is wrong with it
-    return isinstance(raw, dict) and bool(_SECTIONS & raw.keys())
+    """Whether the file is a recipe of soft tokens; False for what is no recipe at all."""
+    return recipe_kind(Path(path)) == "compress"
 
 
 def examine_compress_recipe(

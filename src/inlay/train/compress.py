@@ -44,12 +44,21 @@ from inlay.train.compress_trainer import (
     CompressionTask,
     CompressTrainer,
     Stage,
-    TrainingError,
     stages,
 )
-from inlay.train.directory import DONE, RECIPE, TOKENIZER, RunError, refuse_another_run, run_trainer, training_arguments
+from inlay.train.directory import (
+    DONE,
+    RECIPE,
+    TOKENIZER,
+    RunError,
+    begin_run,
+    refuse_another_run,
+    run_trainer,
+    training_arguments,
+)
+from inlay.train.loss_parts import TrainingError
 from inlay.train.weights import MODEL
-from inlay.train.yaml_recipe import RecipeError, dump_recipe
+from inlay.train.yaml_recipe import RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -130,9 +139,7 @@ def train_compressor(
     _try_one(task, data, trainer_class.objectives)
     console.print(_summary(task, data))
 
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / RECIPE).write_text(dump_recipe(recipe))
-    (directory / DONE).unlink(missing_ok=True)
+    begin_run(directory, recipe)
     if not (directory / TOKENIZER).is_dir():
         _save_whole(directory / TOKENIZER, tokenizer.save_pretrained)
     if recipe.decoder.config is not None and not (directory / MODEL).is_dir():

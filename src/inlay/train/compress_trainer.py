@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +12,8 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
-from inlay.fastweight import InlayError
 from inlay.softtoken.compressors import Compressor
 from inlay.softtoken.compressors.adapter import tuner_layers
 from inlay.softtoken.compressors.storage import load_tensors, read
@@ -24,16 +21,13 @@ from inlay.softtoken.cues import CUED, Cues
 from inlay.softtoken.objectives import OBJECTIVES, Objective, ObjectiveInputs, weighted_sum
 from inlay.softtoken.prompting import BoundLayout
 from inlay.train.compress_recipe import CompressRecipe
+from inlay.train.loss_parts import LossPartsTrainer
 from inlay.train.muon import MuonAdamW, split_matrices
 
 COMPRESSOR = "compressor"
 DECODER_ADAPTER = "decoder_adapter"
 PRETRAINING = "pretraining"
 _DECODER_ADAPTER_NAME = "default"  # PEFT's own
-
-
-class TrainingError(InlayError, RuntimeError):
-    """A loss is not a number."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +173,7 @@ class CompressionTask(nn.Module):
             set_peft_model_state_dict(self.decoder, tensors, _DECODER_ADAPTER_NAME)
 
 
-class CompressTrainer(Trainer):
+class CompressTrainer(LossPartsTrainer):
     """A ``Trainer`` of a :class:`CompressionTask`.
 
     Every step draws a ratio, and where its stage says so an objective, from the recipe's seed and the step's number: a
@@ -196,13 +190,14 @@ class CompressTrainer(Trainer):
     """
 
     objectives: ClassVar[Mapping[str, Objective]] = OBJECTIVES
+    part = "objective"
+    if_not_finite = (
+        "lower trainer.learning_rate, or set trainer.max_grad_norm and start from the last checkpoint with --resume"
+    )
 
     def __init__(self, *, recipe: CompressRecipe, stage: Stage, **kwargs: Any) -> None:
         self.recipe = recipe
         self.stage = stage
-        self._parts: dict[bool, dict[str, list[Tensor]]] = {True: defaultdict(list), False: defaultdict(list)}
-        arguments = kwargs["args"]
-        arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel cannot split questions; several processes can
         super().__init__(**kwargs)
 
     def compute_loss(
@@ -218,8 +213,7 @@ class CompressTrainer(Trainer):
         else:
             ratio, weights, sampling = self.recipe.draws[0], self.stage.weights, 0.0
         loss, parts = model(**inputs, weights=weights, objectives=self.objectives, ratio=ratio, sampling=sampling)
-        for name, value in parts.items():
-            self._parts[model.training][name].append(value)
+        self.note_parts(model.training, parts)
         return (loss, parts) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -233,44 +227,6 @@ class CompressTrainer(Trainer):
                 weight_decay=self.args.weight_decay,
             )
         return super().create_optimizer(model)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The loss of an evaluation batch, and nothing else."""
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """The Trainer's log, with each objective by itself.
-
-        Raises:
-            TrainingError: One of them is not finite.
-        """
-        for name, training in (("loss", True), ("eval_loss", False)):
-            if name in logs:
-                logs.update({f"{name}/{part}": mean for part, mean in self._means(training).items()})
-        super().log(logs, start_time)
-
-    def _means(self, training: bool) -> dict[str, float]:
-        """The mean of each objective since the last call, over all processes."""
-        parts = self._parts[training]
-        means = {
-            name: float(self.accelerator.reduce(torch.stack(values).float().mean(), "mean"))
-            for name, values in parts.items()
-        }
-        parts.clear()
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                raise TrainingError(
-                    f"the objective {name!r} is {mean} at step {self.state.global_step}; lower trainer.learning_rate, "
-                    "or set trainer.max_grad_norm and start from the last checkpoint with --resume"
-                )
-        return means
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:

@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from inlay.fastweight import InlayError
 from inlay.train.trainer import MetricsFile, ProgressBar
-from inlay.train.yaml_recipe import Section, read_recipe
+from inlay.train.yaml_recipe import Section, dump_recipe, read_recipe
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -46,6 +46,13 @@ def refuse_another_run(directory: Path, recipe: Section, resume: bool) -> None:
             f"{directory} was trained with another recipe ({path}): only its trainer section may change when it is "
             "resumed. Resume with that one, or choose another name"
         )
+
+
+def begin_run(directory: Path, recipe: Section) -> None:
+    """Make ``directory`` the run of ``recipe``, which has not finished."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / RECIPE).write_text(dump_recipe(recipe))
+    (directory / DONE).unlink(missing_ok=True)
 
 
 def training_arguments(directory: Path, seed: int, trainer: dict[str, Any]) -> TrainingArguments:

@@ -1,4 +1,4 @@
-"""Which kind of recipe a YAML file holds, so that one command runs them all."""
+"""Which kind of recipe a YAML file holds, so that one command serves them all."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from typing import Literal
 
 import yaml
 
-RecipeKind = Literal["text", "moshi"]
+RecipeKind = Literal["text", "compress", "moshi"]
+
+_COMPRESS = {"decoder", "compressor", "layout", "objectives", "pretraining"}
+"""Sections that recipes of soft tokens have and the others have not."""
 
 
 def recipe_kind(path: Path) -> RecipeKind:
-    """``moshi`` for a recipe with a ``moshi_paths`` section, else ``text``, also for what cannot be read as a recipe:
-    whoever reads it then says what is wrong.
+    """By the sections of the recipe; ``text`` also for what cannot be read as one: whoever reads it then says what is
+    wrong.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return "text"
-    return "moshi" if isinstance(raw, dict) and "moshi_paths" in raw else "text"
+    sections = raw.keys() if isinstance(raw, dict) else set()
+    return "moshi" if "moshi_paths" in sections else "compress" if sections & _COMPRESS else "text"

@@ -28,11 +28,11 @@ from inlay.moshi.model import MoshiForTraining
 from inlay.moshi.sequences import MoshiData, collate_sequences, load_sequences
 from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
 from inlay.moshi.yarn import apply_yarn
-from inlay.train.directory import DONE, RECIPE, RunError, refuse_another_run, run_trainer, training_arguments
+from inlay.train.directory import DONE, RECIPE, RunError, begin_run, refuse_another_run, run_trainer, training_arguments
 from inlay.train.monitor import MemoryMonitor
 from inlay.train.moshi_recipe import MoshiRecipe, load_moshi_recipe
 from inlay.train.moshi_trainer import FINETUNED, MoshiTrainer
-from inlay.train.yaml_recipe import RecipeError, dump_recipe
+from inlay.train.yaml_recipe import RecipeError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -91,9 +91,7 @@ def train_moshi(
             console.print(split.table(name, chunk_size=memory.config.chunk_size, boundary=memory.config.boundary))
     console.print(_model_line(lm, memory))
 
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / RECIPE).write_text(dump_recipe(recipe))
-    (directory / DONE).unlink(missing_ok=True)
+    begin_run(directory, recipe)
     task = MoshiForTraining(lm, recipe.loss)
     trainer = MoshiTrainer(
         checkpoint_config=checkpoint_config(checkpoint),

@@ -27,7 +27,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field, field_validator
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from inlay.data import QAConfig, load_qa
@@ -38,11 +38,12 @@ from inlay.softtoken.prompting import BoundLayout
 from inlay.softtoken.tokens import SoftTokens
 from inlay.train.compress_data import ByContext, ContextCollator
 from inlay.train.compress_recipe import check_compress_trainer
-from inlay.train.directory import DONE, RECIPE, RunError, refuse_another_run, run_trainer, training_arguments
+from inlay.train.directory import DONE, RECIPE, RunError, begin_run, refuse_another_run, run_trainer, training_arguments
+from inlay.train.loss_parts import LossTrainer
 from inlay.train.recipe import LoraSection
 from inlay.train.trainer import FiniteMemory
 from inlay.train.weights import ADAPTER, MEMORY, load_weights, save_weights
-from inlay.train.yaml_recipe import Section, dump_recipe, read_recipe
+from inlay.train.yaml_recipe import Section, read_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -167,7 +168,7 @@ def no_slots(model: Any, rows: int) -> SoftTokens:
     )
 
 
-class ReadingTrainer(Trainer):
+class ReadingTrainer(LossTrainer):
     """A ``Trainer`` of a :class:`ReadingTask`, whose checkpoints hold what is trained."""
 
     def compute_loss(
@@ -176,17 +177,6 @@ class ReadingTrainer(Trainer):
         """The task's loss of one batch."""
         loss = model(**inputs)
         return (loss, {}) if return_outputs else loss
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The loss of an evaluation batch, and nothing else."""
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         save_weights(self.model.decoder, self.model.memory, Path(output_dir or self.args.output_dir))
@@ -237,9 +227,7 @@ def train_reading(
     task = _build(recipe)
     data = load_qa(recipe.data)
     console.print(f"{task.memory}; {count_trained(task):,} parameters trained")
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / RECIPE).write_text(dump_recipe(recipe))
-    (directory / DONE).unlink(missing_ok=True)
+    begin_run(directory, recipe)
     trainer = ReadingTrainer(
         model=task,
         args=training_arguments(directory, recipe.seed, recipe.trainer),

@@ -34,12 +34,13 @@ from inlay.train.directory import (
     RECIPE,
     TOKENIZER,
     RunError,
+    begin_run,
     refuse_another_run,
     run_trainer,
     training_arguments,
 )
 from inlay.train.monitor import MemoryMonitor
-from inlay.train.recipe import Recipe, RecipeError, dump_recipe, load_recipe
+from inlay.train.recipe import Recipe, RecipeError, load_recipe
 from inlay.train.trainer import InlayTrainer
 from inlay.train.weights import ADAPTER, MEMORY, MODEL, save_base
 
@@ -96,9 +97,7 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, console: Con
     console.print(_data_table(data, recipe))
     console.print(_model_line(model, memory))
 
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / RECIPE).write_text(dump_recipe(recipe))
-    (directory / DONE).unlink(missing_ok=True)
+    begin_run(directory, recipe)
     trainer = InlayTrainer(
         memory=memory,
         memory_learning_rate=recipe.memory_learning_rate,

@@ -322,6 +322,23 @@ def test_encoder_pool_is_what_its_definition_gives_by_hand(attention: str) -> No
 # encoder-tokens
 
 
+@pytest.mark.parametrize("form", ["embeddings", "kv"])
+def test_a_residual_encoder_pool_begins_as_mean_pooled_embeddings(form: str) -> None:
+    ids = tokens(2, 11)
+    written = {}
+    for kind, more in (("encoder-pool", {"residual": True}), ("pool", {})):
+        config = KINDS[kind](form=form, **more)
+        written[kind] = numbers(build_compressor(config, llama()).compress(ids, ratio=4)).detach()
+    assert_close(written["encoder-pool"], written["pool"], 1e-6)
+
+
+def test_and_its_projector_has_a_gradient_from_the_first_step_on() -> None:
+    compressor = build_compressor(EncoderPoolConfig(residual=True), llama())
+    memory = compressor.compress(tokens(2, 11), ratio=4)
+    memory.embeddings[..., 0].sum().backward()
+    assert compressor.projector.down.weight.grad.abs().sum() > 0
+
+
 @torch.no_grad()
 def test_encoder_tokens_are_last_hidden_states_of_memory_tokens_behind_the_context() -> None:
     model = llama()

@@ -181,6 +181,11 @@ def test_a_loaded_run_answers_as_it_did_before_it_was_saved(
 
 
 SECTIONS: dict[str, dict[str, Any]] = {
+    "muon and a curriculum": {
+        "muon": 0.01,
+        "curriculum": [{"until": 0.5, "ratios": [2]}],
+        "train_ratios": [4, 4, 2],
+    },
     "accumulation": {"trainer": {"gradient_accumulation_steps": 2}},
     "pretrained": {"pretraining": {"max_steps": 5, "reconstruction": 0.5, "continuation": 0.5}},
     "every objective": {
@@ -200,6 +205,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("name", "stage", "step"),
     [
+        ("muon and a curriculum", "cut", 5),
         ("accumulation", "cut", 5),
         ("pretrained", "pretraining", 4),
         ("pretrained", "cut", 2),

@@ -80,6 +80,14 @@ def test_an_unknown_key_in_a_list_is_named_with_its_neighbour() -> None:
         ),
         ({"evaluate": {"ratios": [4, 16]}}, "evaluate.ratios: [16] not among compressor.ratios [4, 8]"),
         ({"layout": {"question": "no place"}}, "layout.question"),
+        ({"train_ratios": [4, 2]}, "train_ratios: [2] not among compressor.ratios [4, 8]"),
+        ({"curriculum": [{"until": 0.5, "ratios": [1]}]}, "curriculum.0.ratios: [1] not among compressor.ratios"),
+        (
+            {"curriculum": [{"until": 0.5, "ratios": [4]}, {"until": 0.5, "ratios": [8]}]},
+            "stages end at [0.5, 0.5]; each ends later than the one before",
+        ),
+        ({"compressor": {"slots": 4}, "train_ratios": [4]}, "compressor.slots fixes the slots"),
+        ({"muon": 0.01, "trainer": {"optim": "sgd"}}, "take optim out of trainer"),
     ],
 )
 def test_a_wrong_value_is_named(change: dict[str, Any], message: str) -> None:
@@ -115,6 +123,14 @@ def test_every_value_can_be_overridden(tmp_path: Path) -> None:
     assert recipe.objectives.weights == {"answer": 1.0, "distillation": 0.5}
     assert recipe.draws == (16,)
     assert load_compress_recipe(path, ["compressor={slots: 4}"]).draws == (None,)
+
+
+def test_the_curriculum_says_what_the_first_steps_draw_from_and_train_ratios_the_rest() -> None:
+    curriculum = [{"until": 0.1, "ratios": [4]}, {"until": 0.25, "ratios": [4, 8]}]
+    recipe = parse_compress_recipe(VALID | {"curriculum": curriculum, "train_ratios": [8, 8, 4]})
+    drawn = [recipe.draws_at(share) for share in (0.0, 0.09, 0.1, 0.24, 0.25, 1.0)]
+    assert drawn == [(4,), (4,), (4, 8), (4, 8), (8, 8, 4), (8, 8, 4)]
+    assert parse_compress_recipe(VALID).draws_at(0.0) == (4, 8)
 
 
 def test_a_compressor_of_no_kind_is_the_default_one() -> None:

@@ -319,9 +319,6 @@ def test_encoder_pool_is_what_its_definition_gives_by_hand(attention: str) -> No
     assert_close(memory.row(0).embeddings[0], expected, 1e-6)
 
 
-# encoder-tokens
-
-
 @pytest.mark.parametrize("form", ["embeddings", "kv"])
 def test_a_residual_encoder_pool_begins_as_mean_pooled_embeddings(form: str) -> None:
     ids = tokens(2, 11)
@@ -337,6 +334,9 @@ def test_and_its_projector_has_a_gradient_from_the_first_step_on() -> None:
     memory = compressor.compress(tokens(2, 11), ratio=4)
     memory.embeddings[..., 0].sum().backward()
     assert compressor.projector.down.weight.grad.abs().sum() > 0
+
+
+# encoder-tokens
 
 
 @torch.no_grad()

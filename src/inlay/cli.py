@@ -62,14 +62,14 @@ def train(
         moshi = load_moshi_recipe(recipe, overrides or ())
         directory = moshi.run_dir or runs / moshi.name
         train_moshi(moshi, directory, resume=resume, console=console)
-        console.print(f"report: {write_moshi_report(directory)}")
+        console.print(f"report: {write_moshi_report(directory)}", soft_wrap=True)
         return
     from inlay.train import load_recipe, train, write_run_report
 
     loaded = load_recipe(recipe, overrides or ())
     directory = runs / loaded.name
     train(loaded, directory, resume=resume, console=console)
-    console.print(f"report: {write_run_report(directory)}")
+    console.print(f"report: {write_run_report(directory)}", soft_wrap=True)
 
 
 @app.command()
@@ -105,7 +105,7 @@ def evaluate(
         moshi, page = evaluate_moshi_run(run)
         for table in moshi.tables():
             console.print(table)
-        console.print(f"figures: {run / 'evaluation.json'}\nreport: {page}")
+        console.print(f"figures: {run / 'evaluation.json'}\nreport: {page}", soft_wrap=True)
         return
     from inlay.data import load_data
     from inlay.evaluate import evaluate_model
@@ -116,8 +116,8 @@ def evaluate(
     figures = evaluation.write(run / "evaluation.json")
     for table in evaluation.tables():
         console.print(table)
-    console.print(f"figures: {figures}")
-    console.print(f"report: {write_run_report(run, evaluation.sections())}")
+    console.print(f"figures: {figures}", soft_wrap=True)
+    console.print(f"report: {write_run_report(run, evaluation.sections())}", soft_wrap=True)
 
 
 @app.command()
@@ -158,7 +158,7 @@ def doctor(
             diagnosis = examine_recipe(loaded, source=recipe, budget_gb=budget, progress=progress)
     diagnosis.print(console)
     figures, report = diagnosis.write(output or Path("runs") / "doctor" / diagnosis.subject)
-    console.print(f"figures: {figures}\nreport: {report}")
+    console.print(f"figures: {figures}\nreport: {report}", soft_wrap=True)
     raise typer.Exit(diagnosis.exit_code)
 
 

@@ -37,7 +37,7 @@ def train(
     loaded = load_compress_recipe(recipe, overrides or ())
     directory = runs / loaded.name
     train_compressor(loaded, directory, resume=resume, console=console)
-    console.print(f"report: {write_compress_report(directory)}")
+    console.print(f"report: {write_compress_report(directory)}", soft_wrap=True)
 
 
 @app.command()
@@ -49,8 +49,8 @@ def evaluate(directory: RunPath) -> None:
     suite = measure_compress_run(directory, shown=partial(progress_bar, errors))
     for section in suite.sections():
         print_section(console, section)
-    console.print(f"figures: {suite.write(directory / 'evaluation.json')}")
-    console.print(f"report: {write_compress_report(directory, suite.sections())}")
+    console.print(f"figures: {suite.write(directory / 'evaluation.json')}", soft_wrap=True)
+    console.print(f"report: {write_compress_report(directory, suite.sections())}", soft_wrap=True)
 
 
 @app.command()
@@ -108,7 +108,7 @@ def encode(
             replace=replace,
             progress=progress,
         )
-    console.print(str(report), highlight=False)
+    console.print(str(report), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -80,7 +80,8 @@ def encode(
         )
     console.print(
         f"{out}: {summary.files:,} conversations, {summary.frames:,} frames ({summary.hours:.2f} h); "
-        f"{summary.encoded:,} encoded now, {summary.skipped:,} skipped"
+        f"{summary.encoded:,} encoded now, {summary.skipped:,} skipped",
+        soft_wrap=True,
     )
 
 

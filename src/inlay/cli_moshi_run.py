@@ -70,6 +70,7 @@ def run(
     from inlay.moshi.duplex import Voice, load_moshi
     from inlay.moshi.run import run_file
     from inlay.moshi.run_report import write_run
+    from inlay.report.numbers import short
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with errors.status("loading Moshi"):
@@ -85,13 +86,13 @@ def run(
     console.print(f"heard {done.audio_seconds:,.1f} s at {pace}", highlight=False)
     if done.chunk_size is not None:
         size = max((commit.relative_sum for commit in done.commits), default=0.0)
-        told = f"{done.chunks:,} chunks of {done.chunk_size} frames; ‖ηS‖ up to {100 * size:.2g} % of ‖W0‖"
+        told = f"{done.chunks:,} chunks of {done.chunk_size} frames; ‖ηS‖ up to {short(100 * size, 2)} % of ‖W0‖"
         console.print(f"memory: {told}", highlight=False)
-    console.print(f"answer: {target}")
+    console.print(f"answer: {target}", soft_wrap=True)
     if session is not None:
-        console.print(f"session: {session}")
+        console.print(f"session: {session}", soft_wrap=True)
     if report is not None:
-        console.print(f"report: {write_run(done, report)}")
+        console.print(f"report: {write_run(done, report)}", soft_wrap=True)
 
 
 class _Listening:

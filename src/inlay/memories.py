@@ -91,8 +91,8 @@ def compare_memories(
         found.append(_measure(recipe, task, decoder, reading, soft, examples, progress(task)))
     evaluation = MemoriesEvaluation(tuple(found))
     print_section(console, evaluation.section())
-    console.print(f"figures: {evaluation.write(directory / FIGURES)}")
-    console.print(f"report: {_report(recipe, directory, evaluation)}")
+    console.print(f"figures: {evaluation.write(directory / FIGURES)}", soft_wrap=True)
+    console.print(f"report: {_report(recipe, directory, evaluation)}", soft_wrap=True)
     return evaluation
 
 

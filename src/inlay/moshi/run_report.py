@@ -77,7 +77,7 @@ def run_cards(run: Run) -> list[Headline]:
         )
     if run.commits:
         last = [commit.relative_sum for commit in _latest(run.commits).values()]
-        cards.append(Headline("memory's size", f"{100 * max(last):.2g} %", "largest ‖ηS‖ / ‖W0‖ at the end"))
+        cards.append(Headline("memory's size", f"{short(100 * max(last), 2)} %", "largest ‖ηS‖ / ‖W0‖ at the end"))
     return cards
 
 

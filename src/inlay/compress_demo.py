@@ -85,7 +85,7 @@ def headlines(suite: CompressSuite, outcome: BaseOutcome, seconds: float) -> lis
     cards += [card for budget in evaluation.budgets if (card := _budget_card(evaluation, budget)) is not None]
     alarms = [collapse.budget for collapse in suite.alarms]
     said = f"raised at {' and '.join(alarms)}" if alarms else "silent"
-    learnt = f"and {outcome.seconds / 60:.1f} min for the decoder, once"
+    learnt = f"with {outcome.seconds / 60:.1f} min for the decoder when it is not in the cache"
     return [
         *cards,
         Headline("alarm for collapse", said, "do slots say anything?", "bad" if alarms else "good"),

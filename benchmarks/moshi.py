@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from moshi.models import loaders
 from moshi.models.lm import LMModel
 from moshi.modules.rope import RotaryEmbedding
 from moshi.modules.transformer import StreamingMultiheadAttention
@@ -30,7 +31,6 @@ from inlay.moshi.attention import use_windowed_attention
 from inlay.moshi.lora import LoraConfig, add_lora
 from inlay.moshi.loss import uncompiled
 from inlay.moshi.model import MoshiForTraining
-from moshi.models import loaders
 
 GB = 10**9
 BUDGET_GB = 40.0

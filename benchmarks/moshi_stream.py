@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moshi.models import loaders
 from moshi.models.lm import LMGen, LMModel
 from rich.table import Table
 from torch import Tensor
@@ -26,7 +27,6 @@ from benchmarks.measure import NotTheSameError, require_same
 from inlay.moshi.lm_gen import MemoryLMGen
 from inlay.moshi.loss import uncompiled
 from inlay.moshi.streaming import steps_of
-from moshi.models import loaders
 
 FRAME_RATE = 12.5
 VARIANTS: dict[str, type[LMGen]] = {"no memory": LMGen, "LMGen": LMGen, "MemoryLMGen": MemoryLMGen}

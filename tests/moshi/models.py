@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from moshi.models import loaders
 from moshi.models.lm import LMModel
 from torch import Tensor, nn
-
-from moshi.models import loaders
 
 STREAMS = 17
 CARD = 16

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from moshi.models import LMGen, LMModel
 from torch import Tensor
 
 import inlay
 from inlay.moshi.lm_gen import MemoryLMGen
-from moshi.models import LMGen, LMModel
 
 CARD, TEXT_CARD, CONTEXT, CHUNK = 16, 32, 16, 8
 DELAYS = [0, 1, 0, 1]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from moshi.models import loaders
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,7 +19,6 @@ from inlay.moshi.lora import LoraConfig, add_lora, embedding_parameters
 from inlay.moshi.model import MoshiForTraining
 from inlay.moshi.toy import ToySizes, write_toy_checkpoint
 from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
-from moshi.models import loaders
 from tests.moshi.models import make_codes, outputs
 
 SIZES = ToySizes(dim=16, num_layers=3, num_heads=2, context=12, card=16, depformer_dim=8, depformer_layers=1)

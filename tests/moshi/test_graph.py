@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from moshi.models import LMGen
 
 import inlay
 from inlay.moshi.lm_gen import MemoryLMGen
 from inlay.moshi.streaming import steps_of
-from moshi.models import LMGen
 from tests.closeness import assert_close
 from tests.moshi.graphs import CaptureError, Graphed, Recording, graphs
 from tests.moshi.streams import CHUNK, CONFIGS, KINDS, listening, tiny_lm, user_codes, whole

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import sphn
 import torch
+from moshi.models import LMGen
 from typer.testing import CliRunner
 
 import inlay
@@ -26,7 +27,6 @@ from inlay.moshi.run_report import run_sections, write_run
 from inlay.moshi.session import load_session, save_session
 from inlay.moshi.streaming import steps_of
 from inlay.moshi.toy import ToySizes, write_toy_checkpoint
-from moshi.models import LMGen
 from tests.moshi.streams import CHUNK, KINDS, listening, tiny_lm, user_codes
 
 RATE, FRAME = 24000, 1920

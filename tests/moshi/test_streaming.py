@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from moshi.models import LMGen, LMModel
 from torch import Tensor
 
 import inlay
 from inlay.fastweight.streaming import StateError
 from inlay.moshi.lm_gen import MemoryLMGen
 from inlay.moshi.streaming import MemoryStream, steps_of
-from moshi.models import LMGen, LMModel
 from tests.closeness import assert_close, relative_error
 from tests.moshi.models import make_codes, make_lm
 from tests.moshi.streams import CARD, CHUNK, CONFIGS, CONTEXT, KINDS, Heard, listening, tiny_lm, user_codes, whole

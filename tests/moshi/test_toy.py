@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from moshi.models import loaders
 
 from inlay.moshi.toy import ToySizes, write_toy_checkpoint
 from inlay.moshi.weights import MoshiWeightsError, load_checkpoint
-from moshi.models import loaders
 
 SIZES = ToySizes(dim=32, num_layers=2, num_heads=2, context=8, card=16, depformer_dim=16)
 

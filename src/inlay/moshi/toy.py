@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import sentencepiece
 import torch
+from moshi.models import loaders
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 from moshi.quantization.core_vq import EuclideanCodebook
@@ -29,7 +30,6 @@ from torch import nn
 
 from inlay.moshi.toy_text import toy_text
 from inlay.moshi.weights import CONFIG_NAME
-from moshi.models import loaders
 
 MIMI_CONFIG_NAME = "mimi_config.json"
 TOKENIZER_NAME = "tokenizer_spm_toy.model"

@@ -1,12 +1,13 @@
 """What was wrong with the experiment of seed 003, fault by fault, and what each objective adds to plain cross-entropy.
 
-    python docs/studies/seed003.py src/inlay/recipes/facts.yaml --steps 300
-    python docs/studies/seed003.py mine.yaml trainer.learning_rate=1e-3 --steps 1000 --only "seed 003" "recipe"
+    python docs/studies/seed003.py --steps 300
+    python docs/studies/seed003.py mine.yaml trainer.learning_rate=1e-3 --steps 1000 --only "seed 003" "+ Muon"
     python docs/studies/seed003.py --list
 
 Every arm trains a compressor for the same number of steps, on the same data, before the same frozen decoder, and is
 scored on the same held-out questions at one ratio. The first arms begin with the seed's setup and take one fault out
-after the other; the arm that has none left is the recipe itself, and the objectives are added to that one by one. The
+after the other, then put in what the recipe does beyond that; the last is the recipe itself, and the objectives are
+added to that one by one. The
 faults that the library does not let one make live in ``seed003_faults.py``, nowhere else.
 
 An arm is a run in ``--runs``, with its recipe, metrics and weights. What is finished is not done again, so a study that
@@ -44,7 +45,7 @@ from inlay.train.compress_recipe import CompressRecipe, load_compress_recipe, pa
 from inlay.train.directory import DONE, RECIPE
 from inlay.train.yaml_recipe import dump_recipe
 
-DEFAULT = Path(inlay.__file__).parent / "recipes" / "facts.yaml"
+DEFAULT = Path(inlay.__file__).parent / "recipes" / "terse.yaml"
 RESULT = "result.json"
 SEED_TOKENS = 12
 PRETRAINED = 1 / 3
@@ -59,6 +60,8 @@ class Arm:
         name: What it has that the arm before it (or, of an objective, the recipe) has not.
         layout: What differs from the recipe's layout.
         compressor: The whole section; None for the recipe's.
+        one_ratio: Train the measured ratio alone from the first step on; else as the recipe draws its ratios.
+        muon: Train with Muon where the recipe does; else with ``trainer.optim`` alone.
         objectives: Weights beside that of the answer.
         pretrained: Spend a part of the steps on reconstruction and continuation first.
         faults: What the library would not do.
@@ -68,30 +71,35 @@ class Arm:
     name: str
     layout: Mapping[str, Any] = field(default_factory=dict)
     compressor: Mapping[str, Any] | None = None
+    one_ratio: bool = False
+    muon: bool = True
     objectives: Mapping[str, float] = field(default_factory=dict)
     pretrained: bool = False
     faults: Faults = field(default_factory=Faults)
     weights_of: str | None = None
 
 
-LAST = "+ the recipe's compressor"
+def cumulative(base: CompressRecipe) -> list[Arm]:
+    """The seed's setup, and one fault less in each arm after it; the last is the recipe ``base``.
 
-
-def cumulative() -> list[Arm]:
-    """The seed's setup, and one fault less in each arm after it."""
+    What the recipe does not do (a start at mean-pooled embeddings, keys and values, several ratios, Muon) has no arm.
+    """
     seed = Arm(
         "seed 003",
         layout={"bos": False, "bos_after": False, "question": None, "anchor": "", "eos": False}
         | {"answer_tokens": SEED_TOKENS},
         compressor={"kind": "crossattention", "positions": "raw", "calibrate": False},
+        one_ratio=True,
+        muon=False,
         faults=Faults(shifted_twice=True, answer_bos=True, question_compressed=True, padding_attended=True),
     )
+    compressor = _sections(base)["compressor"]
 
     def without(*keys: str) -> dict[str, Any]:
         return {key: value for key, value in arms[-1].layout.items() if key not in keys}
 
     def fixed(name: str, **changes: Any) -> None:
-        arms.append(replace(arms[-1], name=name, **changes))
+        arms.append(replace(arms[-1], name=name, **{"weights_of": None} | changes))
 
     def fault(**changes: bool) -> Faults:
         return replace(arms[-1].faults, **changes)
@@ -106,12 +114,23 @@ def cumulative() -> list[Arm]:
     fixed("+ positions at the embeddings' scale", compressor=dict(seed.compressor or {}) | {"positions": "calibrated"})
     fixed("+ slots at the embeddings' scale", compressor={"kind": "crossattention"})
     fixed("+ the recipe's answer budget", layout={}, weights_of=arms[-1].name)
-    arms.append(Arm(LAST))
+    plain = {key: value for key, value in compressor.items() if key not in ("form", "residual")}
+    fixed(f"+ {base.compressor.kind}", compressor=plain)
+    if "residual" in compressor:
+        fixed("+ start at mean-pooled embeddings", compressor=plain | {"residual": compressor["residual"]})
+    if "form" in compressor:
+        fixed("+ keys and values", compressor=compressor)
+    if _several_ratios(base):
+        fixed("+ several ratios, the low ones first", one_ratio=False)
+    if base.muon is not None:
+        fixed("+ Muon", muon=True)
+    arms[-1] = Arm(arms[-1].name)
     return arms
 
 
-def objectives() -> list[Arm]:
+def objectives(base: CompressRecipe) -> list[Arm]:
     """The recipe with one objective beside the answer's cross-entropy, and with the worst fault alone."""
+    recipe = cumulative(base)[-1].name
     weights = {
         "first_token": {"first_token": 0.5},
         "first_k": {"first_k": 0.5},
@@ -121,7 +140,7 @@ def objectives() -> list[Arm]:
         "diversity": {"diversity": 0.1},
     }
     return [
-        Arm("answer alone", weights_of=LAST),
+        Arm("answer alone", weights_of=recipe),
         *(Arm(name, objectives=weight) for name, weight in weights.items()),
         Arm("pretraining", pretrained=True),
         Arm("labels shifted twice", faults=Faults(shifted_twice=True)),
@@ -136,16 +155,23 @@ def recipe_of(arm: Arm, base: CompressRecipe, decoder: str, steps: int, ratio: i
         base: The study's recipe.
         decoder: Where its decoder lies.
         steps: Optimizer steps, those of a pretraining among them.
-        ratio: The one ratio that is trained.
+        ratio: The ratio that is measured, and the only one trained where the arm or the recipe says so.
     """
-    raw = base.model_dump(mode="json", exclude_defaults=True)
-    compressor = dict(arm.compressor or raw["compressor"])
+    raw = _sections(base)
+    compressor = dict(arm.compressor or raw["compressor"]) | {"slots": None}
+    if arm.one_ratio or not _several_ratios(base):
+        compressor["ratios"] = [ratio]
+        raw |= {"curriculum": (), "train_ratios": None}
+    else:
+        compressor["ratios"] = raw["compressor"]["ratios"]
+    if not arm.muon:
+        raw["muon"] = None
     before = max(1, round(PRETRAINED * steps)) if arm.pretrained else 0
     raw |= {
         "name": slug(arm.name),
         "decoder": {key: value for key, value in raw["decoder"].items() if key != "config"} | {"name_or_path": decoder},
         "base": None,
-        "compressor": compressor | {"ratios": [ratio], "slots": None},
+        "compressor": compressor,
         "layout": raw.get("layout", {}) | dict(arm.layout),
         "objectives": {"answer": 1.0, **arm.objectives},
         "pretraining": {"max_steps": before} if arm.pretrained else None,
@@ -153,6 +179,14 @@ def recipe_of(arm: Arm, base: CompressRecipe, decoder: str, steps: int, ratio: i
         "evaluate": raw.get("evaluate", {}) | {"ratios": [ratio]},
     }
     return parse_compress_recipe(raw, arm.name)
+
+
+def _sections(recipe: CompressRecipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", exclude_defaults=True)
+
+
+def _several_ratios(recipe: CompressRecipe) -> bool:
+    return bool(recipe.curriculum or recipe.train_ratios)
 
 
 def slug(name: str) -> str:
@@ -166,6 +200,7 @@ def run_arm(
     directory: Path,
     examples: Sequence[QAExample],
     console: Console,
+    ratio: int,
     trained_in: Path | None = None,
 ) -> dict[str, Any]:
     """Train and score an arm, or read what was found before.
@@ -176,6 +211,7 @@ def run_arm(
         directory: Its run.
         examples: Held-out questions.
         console: Shows the training.
+        ratio: The ratio that is measured.
         trained_in: The run whose weights are scored; ``directory`` when not given.
     """
     settings = {"recipe": dump_recipe(recipe), "faults": asdict(arm.faults), "questions": len(examples)}
@@ -185,7 +221,7 @@ def run_arm(
     if trained_in is None and not _finished(directory, recipe):
         train_compressor(recipe, directory, resume=True, console=console, trainer_class=arm.faults.trainer())
     run = load_compress_run(trained_in or directory)
-    given, scores = score(run, recipe, arm.faults, examples)
+    given, scores = score(run, recipe, arm.faults, examples, ratio)
     shown = [
         {"question": one.question, "answers": list(one.answers), "given": text}
         for one, text in list(zip(examples, given, strict=True))[:8]
@@ -196,7 +232,7 @@ def run_arm(
 
 
 def score(
-    run: CompressRun, recipe: CompressRecipe, faults: Faults, examples: Sequence[QAExample]
+    run: CompressRun, recipe: CompressRecipe, faults: Faults, examples: Sequence[QAExample], ratio: int
 ) -> tuple[list[str], SquadScores]:
     """The answers that an arm gives, and their scores."""
     layout, size = recipe.layout.bind(run.tokenizer), recipe.evaluate.batch_size
@@ -206,7 +242,7 @@ def score(
             part = examples[start : start + size]
             contexts = [layout.context_ids(one.context, recipe.context_tokens) for one in part]
             questions = [one.question for one in part]
-            memory = faults.write(run.compressor, layout, contexts, questions, recipe.draws[0], "left")
+            memory = faults.write(run.compressor, layout, contexts, questions, ratio, "left")
             given += layout.answer(run.model, memory, questions)
     return given, _scores(given, examples)
 
@@ -268,7 +304,10 @@ def study(
     only: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run all arms, or those named in ``only`` (and what they take their weights from), and print their tables."""
-    groups = {"Faults taken out one after the other": cumulative(), "Objectives beside the answer's": objectives()}
+    groups = {
+        "Faults taken out one after the other": cumulative(base),
+        "Objectives beside the answer's": objectives(base),
+    }
     arms = [arm for group in groups.values() for arm in group]
     chosen = [arm for arm in arms if not only or arm.name in only]
     needed = {arm.weights_of for arm in chosen}
@@ -282,7 +321,7 @@ def study(
         place = directory / slug(arm.name)
         trained_in = None if arm.weights_of is None else directory / slug(arm.weights_of)
         recipe = recipe_of(arm, base, decoder, steps, ratio)
-        results[arm.name] = run_arm(arm, recipe, place, examples, console, trained_in)
+        results[arm.name] = run_arm(arm, recipe, place, examples, console, ratio, trained_in)
     any_run = load_compress_run(directory / slug(next(arm.weights_of or arm.name for arm in reversed(todo))))
     bound = bounds(replace(any_run, layout=base.layout.bind(any_run.tokenizer)), examples, ratio)
     about = f"{len(examples):,} questions, {steps:,} steps an arm, {ratio} tokens a slot, in per cent"
@@ -300,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "recipe", type=Path, nargs="?", default=DEFAULT, help="of a compression run; the facts' if not given"
+        "recipe", type=Path, nargs="?", default=DEFAULT, help="of a compression run; the terse facts' if not given"
     )
     parser.add_argument("overrides", nargs="*", help="section.key=value, e.g. trainer.learning_rate=1e-3")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each arm")
@@ -310,16 +349,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="these arms alone")
     parser.add_argument("--list", action="store_true", help="name the arms and stop")
     given = parser.parse_args(arguments)
-    arms = [arm.name for arm in (*cumulative(), *objectives())]
-    if given.list:
-        print("\n".join(arms))
-        return
-    if unknown := [name for name in given.only if name not in arms]:
-        parser.error(f"no arm is called {unknown[0]!r}; there are: {', '.join(arms)}")
     logging.disable_progress_bar()  # of loading and saving; the Trainer's stays
     try:
+        base = load_compress_recipe(given.recipe, given.overrides)
+        arms = [arm.name for arm in (*cumulative(base), *objectives(base))]
+        if given.list:
+            print("\n".join(arms))
+            return
+        if unknown := [name for name in given.only if name not in arms]:
+            parser.error(f"no arm is called {unknown[0]!r}; there are: {', '.join(arms)}")
         study(
-            load_compress_recipe(given.recipe, given.overrides),
+            base,
             given.runs,
             Console(),
             steps=given.steps,

@@ -46,10 +46,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> CompressRecipe:
         {
             "name": "base",
             "decoder": {"name_or_path": str(place)},
-            "compressor": {"kind": "encoder-pool", "ratios": [4, 8], "lora": {"r": 2}},
+            "compressor": {
+                "kind": "encoder-pool",
+                "form": "kv",
+                "residual": True,
+                "ratios": [4, 8, 2],
+                "lora": {"r": 2},
+            },
             "layout": {"answer_tokens": 16},
             "data": DATA,
             "questions_per_context": 2,
+            "curriculum": [{"until": 0.5, "ratios": [2, 4]}],
+            "train_ratios": [4, 4, 8],
+            "muon": 0.01,
             "trainer": {
                 "per_device_train_batch_size": 4,
                 "disable_tqdm": True,
@@ -65,10 +74,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> CompressRecipe:
 def test_every_arm_runs_and_is_not_run_again(base: CompressRecipe, tmp_path: Path) -> None:
     console = Console(file=StringIO(), width=200)
     content = study.study(base, tmp_path, console, steps=2)
-    arms = [arm.name for arm in (*study.cumulative(), *study.objectives())]
+    arms = [arm.name for arm in (*study.cumulative(base), *study.objectives(base))]
     assert [one["arm"] for title in list(content)[-2:] for one in content[title]] == arms
     assert [one["arm"] for one in content["bounds"]] == ["full text", "no context", "first tokens 4×"]
-    for arm in (*study.cumulative(), *study.objectives()):
+    for arm in (*study.cumulative(base), *study.objectives(base)):
         result = json.loads((tmp_path / study.slug(arm.name) / "result.json").read_text())
         assert result["questions"] == 8
         assert len(result["examples"]) == 8
@@ -83,8 +92,20 @@ def test_every_arm_runs_and_is_not_run_again(base: CompressRecipe, tmp_path: Pat
     assert all(name in said for name in arms)
 
 
+def test_what_a_recipe_does_not_do_has_no_arm(base: CompressRecipe) -> None:
+    plain = parse_compress_recipe(
+        base.model_dump(mode="json", exclude_defaults=True)
+        | {"compressor": {"kind": "encoder-pool", "ratios": [4, 8]}, "curriculum": [], "train_ratios": None}
+        | {"muon": None}
+    )
+    *_, before, last = study.cumulative(plain)
+    assert (before.name, last.name) == ("+ the recipe's answer budget", "+ encoder-pool")
+    recipe = study.recipe_of(last, plain, "x", 9, 4)
+    assert recipe.compressor == plain.compressor.model_copy(update={"ratios": (4,)})
+
+
 def test_each_arm_has_one_fault_less_and_the_last_is_the_recipe(base: CompressRecipe) -> None:
-    recipes = [study.recipe_of(arm, base, "x", 9, 4) for arm in study.cumulative()]
+    recipes = [study.recipe_of(arm, base, "x", 9, 4) for arm in study.cumulative(base)]
     first, last = recipes[0], recipes[-1]
     assert (first.layout.anchor, first.layout.question, first.layout.eos, first.layout.answer_tokens) == (
         "",
@@ -95,15 +116,17 @@ def test_each_arm_has_one_fault_less_and_the_last_is_the_recipe(base: CompressRe
     assert first.compressor.model_dump(include={"kind", "positions", "calibrate"}) == {
         "kind": "crossattention", "positions": "raw", "calibrate": False,
     }  # fmt: skip
-    assert (last.layout, last.compressor) == (base.layout, base.compressor.model_copy(update={"ratios": (4,)}))
-    assert study.cumulative()[-1].faults == Faults()
-    assert study.cumulative()[-1].faults.trainer() is CompressTrainer
+    same = ("layout", "compressor", "curriculum", "train_ratios", "muon")
+    assert [getattr(last, key) for key in same] == [getattr(base, key) for key in same]
+    assert (first.compressor.ratios, first.curriculum, first.train_ratios, first.muon) == ((4,), (), None, None)
+    assert study.cumulative(base)[-1].faults == Faults()
+    assert study.cumulative(base)[-1].faults.trainer() is CompressTrainer
     keys = [
-        (recipe.layout.model_dump_json(), recipe.compressor.model_dump_json(), arm.faults)
-        for recipe, arm in zip(recipes, study.cumulative(), strict=True)
+        (recipe.model_dump_json(exclude={"name"}), arm.faults)
+        for recipe, arm in zip(recipes, study.cumulative(base), strict=True)
     ]
     assert len(set(keys)) == len(keys)
-    pretrained = next(study.recipe_of(arm, base, "x", 9, 4) for arm in study.objectives() if arm.pretrained)
+    pretrained = next(study.recipe_of(arm, base, "x", 9, 4) for arm in study.objectives(base) if arm.pretrained)
     assert pretrained.pretraining is not None
     assert pretrained.pretraining.max_steps + pretrained.trainer["max_steps"] == 9
 

@@ -91,12 +91,15 @@ def synthesise(
     conversations: Annotated[int, typer.Option(help="How many.", min=1)] = 32,
     duration: Annotated[float, typer.Option(help="Seconds of each.")] = 120.0,
     return_after: Annotated[float, typer.Option(help="Seconds until a phrase returns, at least.")] = 30.0,
+    style: Annotated[
+        Literal["talk", "quiz"], typer.Option(help="talk: sentences. quiz: catchwords, with many more returns.")
+    ] = "talk",
     seed: Annotated[int, typer.Option(help="Another seed makes other conversations.")] = 0,
 ) -> None:
     """Make conversations with espeak-ng in which phrases return, with exact word alignments."""
     from inlay.data.speech import SpeechConfig, synthesise
 
-    config = SpeechConfig(conversations=conversations, duration=duration, return_after=return_after, seed=seed)
+    config = SpeechConfig(conversations, duration, return_after, seed, style)
     with _progress("conversations") as progress:
         manifest = synthesise(config, out, progress=progress)
     console.print(f"conversations: {manifest}", soft_wrap=True)

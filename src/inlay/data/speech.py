@@ -24,7 +24,7 @@ import numpy as np
 
 from inlay.data.audio import MAIN_SPEAKER, SAMPLE_RATE
 from inlay.data.problems import DataError
-from inlay.data.speech_dialogue import Dialogue, Fact, Turn
+from inlay.data.speech_dialogue import STYLES, Fact, Style, Turn
 from inlay.data.speech_voice import Voices
 
 MANIFEST_NAME = "data.jsonl"
@@ -53,6 +53,9 @@ class SpeechConfig:
     seed: int = 0
     """Of everything that is drawn; another seed makes another data set, for evaluation."""
 
+    style: Style = "talk"
+    """"talk": sentences, with small talk between them. "quiz": catchwords, whose answers return often."""
+
     main_voice: str = "en-us+f3"
     """Moshi's voice, in all conversations."""
 
@@ -60,6 +63,8 @@ class SpeechConfig:
     """The user's voice is one of these."""
 
     def __post_init__(self) -> None:
+        if self.style not in STYLES:
+            raise DataError(f"style is {self.style!r}; there are: {', '.join(STYLES)}")
         if self.conversations < 1 or self.duration <= 0 or self.return_after < 0 or not self.user_voices:
             raise DataError(
                 "conversations and duration must be positive, return_after not negative, a user voice given"
@@ -125,7 +130,7 @@ class _Conversation:
         self.alignments: list[tuple[str, tuple[float, float], str]] = []
         self.returns: list[tuple[float, float, float, float]] = []
         self._spans: dict[Fact, tuple[float, float]] = {}
-        self.dialogue = Dialogue(self.generator, return_after=config.return_after)
+        self.dialogue = STYLES[config.style](self.generator, return_after=config.return_after)
         now = 2 * FRAME
         while now < config.duration:
             for turn in self.dialogue.exchange(now):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -16,6 +17,9 @@ _SURNAMES = ("miller", "fisher", "baker", "carter", "hunter", "mason", "porter",
 _COLOURS = ("red", "green", "blue", "yellow", "white", "black", "silver", "golden", "orange", "purple")
 _ANIMALS = ("tiger", "rabbit", "donkey", "eagle", "monkey", "turtle", "lion", "pigeon", "camel", "spider")
 _OBJECTS = ("window", "basket", "ladder", "candle", "hammer", "mirror", "bottle", "pillow", "button", "carpet")
+
+_CATCHWORDS = {"the number": _PLACES, "the name": _PEOPLE, "the password": _THINGS}
+"""What each kind of fact is about."""
 
 _ACKNOWLEDGEMENTS = ("yes", "okay", "right", "sure")
 
@@ -71,6 +75,9 @@ class Dialogue:
         return_after: Seconds that lie between a phrase and its return at least.
     """
 
+    asks, tells = 0.7, 0.6
+    """How often a fact that is due is asked for, and how often, when none is, a new one is told."""
+
     def __init__(self, generator: np.random.Generator, *, return_after: float) -> None:
         self.generator = generator
         self.return_after = return_after
@@ -81,14 +88,12 @@ class Dialogue:
         """The turns of the next exchange. `now`: seconds since the conversation's start."""
         due = [fact for fact, last in self.said.items() if now - last >= self.return_after]
         ask, tell = self.generator.random(2)
-        if due and ask < 0.7:
+        if due and ask < self.asks:
             yield from self._ask(due[self.generator.integers(len(due))])
-        elif tell < 0.6 and (fact := next(self._facts, None)) is not None:
+        elif tell < self.tells and (fact := next(self._facts, None)) is not None:
             yield from self._tell(fact)
         else:
-            question, answer = _SMALL_TALK[self.generator.integers(len(_SMALL_TALK))]
-            yield Turn(False, tuple(question.split()))
-            yield Turn(True, tuple(answer.split()))
+            yield from self._chat()
 
     def acknowledgement(self) -> str:
         """A word to say while the other one speaks."""
@@ -107,11 +112,16 @@ class Dialogue:
         yield _statement(("of", "course"), fact)
         yield Turn(False, ("thank", "you"))
 
+    def _chat(self) -> Iterator[Turn]:
+        question, answer = _SMALL_TALK[self.generator.integers(len(_SMALL_TALK))]
+        yield Turn(False, tuple(question.split()))
+        yield Turn(True, tuple(answer.split()))
+
     def _all_facts(self) -> Iterator[Fact]:
         subjects = [
-            *(f"the number of the {place}" for place in _PLACES),
-            *(f"the name of my {person}" for person in _PEOPLE),
-            *(f"the password of the {thing}" for thing in _THINGS),
+            f"{kind} of {'my' if kind == 'the name' else 'the'} {word}"
+            for kind, words in _CATCHWORDS.items()
+            for word in words
         ]
         for index in self.generator.permutation(len(subjects)):
             yield Fact(subjects[index], self._phrase(subjects[index]))
@@ -125,6 +135,33 @@ class Dialogue:
 
     def _draw(self, words: tuple[str, ...]) -> str:
         return words[self.generator.integers(len(words))]
+
+
+class Quiz(Dialogue):
+    """A conversation of catchwords: "hotel?" "hotel four seven two nine". It holds many more returns a minute, from
+    which a model of a few layers learns within minutes what a phrase's return is."""
+
+    asks, tells = 0.8, 1.0
+
+    def _tell(self, fact: Fact) -> Iterator[Turn]:
+        return self._ask(fact)
+
+    def _ask(self, fact: Fact) -> Iterator[Turn]:
+        yield Turn(False, (fact.subject,))
+        yield Turn(True, (fact.subject, *fact.phrase), slice(1, 1 + len(fact.phrase)), fact)
+
+    def _chat(self) -> Iterator[Turn]:
+        yield Turn(False, (self.acknowledgement(),))
+
+    def _all_facts(self) -> Iterator[Fact]:
+        kinds = {word: kind for kind, words in _CATCHWORDS.items() for word in words}
+        for word in self.generator.permutation(sorted(kinds)):
+            yield Fact(str(word), self._phrase(kinds[word]))
+
+
+Style = Literal["talk", "quiz"]
+STYLES: dict[Style, type[Dialogue]] = {"talk": Dialogue, "quiz": Quiz}
+"""Kinds of conversations."""
 
 
 def _statement(opening: tuple[str, ...], fact: Fact) -> Turn:

@@ -85,11 +85,12 @@ def test_the_loss_falls_on_a_batch_seen_again_and_again(toy: MoshiCheckpoint, st
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("mode", ["memory+lora", "all"])
+@pytest.mark.parametrize(("mode", "muon"), [("memory+lora", None), ("all", 0.02)])
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
-    mode: str, toy: MoshiCheckpoint, store: Path, tmp_path: Path
+    mode: str, muon: float | None, toy: MoshiCheckpoint, store: Path, tmp_path: Path
 ) -> None:
     changes = MODES[mode] | {"max_steps": 4, "ckpt_freq": 2, "num_microbatches": 2, "batch_size": 1}
+    changes |= {"optim": {"lr": 1e-2, "muon": muon}}
     recipe = make_recipe(toy, store, **changes)
     train_moshi(recipe, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
@@ -182,6 +183,8 @@ def test_the_command_trains_a_moshi_recipe_and_writes_its_report(
         ({"lora": {"enable": True}}, r"lora.enable is true"),
         ({"mode": "lora", "lora": {"enable": True}}, "but there is a memory"),
         ({"trainer": {"learning_rate": 1}}, "'learning_rate' has a setting of its own: optim.lr"),
+        ({"optim": {"muon": 0.02, "memory_lr": 0.01}}, "take memory_lr out, or muon"),
+        ({"optim": {"muon": 0.02}, "trainer": {"optim": "adafactor"}}, "take optim out of trainer, or muon out"),
         ({"trainer": {"learning_rat": 1}}, "unknown key 'learning_rat'"),
         ({"data": {"train_data": "x", "duration_sec": 3}}, "data.duration_sec is the recipe's own duration_sec"),
         ({"duration_sec": 3000}, "duration_sec: Input should be less than or equal to 2560"),

@@ -22,7 +22,7 @@ from inlay.softtoken.objectives import OBJECTIVES, Objective, ObjectiveInputs, w
 from inlay.softtoken.prompting import BoundLayout
 from inlay.train.compress_recipe import CompressRecipe
 from inlay.train.loss_parts import LossPartsTrainer
-from inlay.train.muon import MuonAdamW, split_matrices
+from inlay.train.muon import MuonAdamW
 
 COMPRESSOR = "compressor"
 DECODER_ADAPTER = "decoder_adapter"
@@ -219,13 +219,7 @@ class CompressTrainer(LossPartsTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's, or with ``muon`` in the recipe Muon for weights of linear layers and AdamW for the rest."""
         if getattr(self, "optimizer", None) is None and self.recipe.muon is not None:
-            self.optimizer: torch.optim.Optimizer | None = MuonAdamW(
-                *split_matrices([self.model]),
-                matrix_lr=self.recipe.muon,
-                lr=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                weight_decay=self.args.weight_decay,
-            )
+            self.optimizer: torch.optim.Optimizer | None = MuonAdamW.of([self.model], self.args, self.recipe.muon)
         return super().create_optimizer(model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -96,6 +96,7 @@ def train_moshi(
     trainer = MoshiTrainer(
         checkpoint_config=checkpoint_config(checkpoint),
         pct_start=recipe.optim.pct_start,
+        muon=recipe.optim.muon,
         memory=memory,
         memory_learning_rate=recipe.optim.memory_lr,
         monitor=None if memory is None else MemoryMonitor(memory),

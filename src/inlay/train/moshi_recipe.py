@@ -66,11 +66,21 @@ class OptimSection(Section):
     memory_lr: float | None = Field(default=None, gt=0)
     """That of the memory's own parameters; ``lr`` when not given."""
 
+    muon: float | None = Field(default=None, gt=0)
+    """Highest learning rate of Muon for the weights of linear layers, the memory's projection among them; null trains
+    them with AdamW like all else."""
+
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decay, of everything but norms."""
+    """Decay, of everything but norms; with Muon, of what it trains."""
 
     pct_start: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps in which the rate rises; it falls along a cosine afterwards."""
+
+    @model_validator(mode="after")
+    def _one_rate_for_each_weight(self) -> OptimSection:
+        if self.muon is not None and self.memory_lr is not None:
+            raise ValueError("muon trains the memory's projection at its own rate; take memory_lr out, or muon")
+        return self
 
 
 class MoshiEvaluateSection(Section):
@@ -187,6 +197,8 @@ class MoshiRecipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> MoshiRecipe:
+        if self.optim.muon is not None and "optim" in self.trainer:
+            raise ValueError("optim.muon trains what it does not with AdamW; take optim out of trainer, or muon out")
         if self.memory is None and self.mode not in ("lora", "all"):
             raise ValueError(f"mode is {self.mode!r} but there is no memory; without one use mode: lora or all")
         if self.memory is not None and self.mode == "lora":

@@ -14,6 +14,7 @@ from inlay.moshi.checkpoint import load_trained, save_finetuned
 from inlay.moshi.loss import MoshiLoss, perplexity
 from inlay.moshi.model import MoshiForTraining
 from inlay.train.loss_parts import LossPartsTrainer
+from inlay.train.muon import MuonAdamW
 from inlay.train.trainer import InlayTrainer
 
 FINETUNED = "moshi"
@@ -29,14 +30,18 @@ class MoshiTrainer(LossPartsTrainer, InlayTrainer):
     Args:
         checkpoint_config: What ``config.json`` of the model's checkpoint holds.
         pct_start: Share of the steps in which the learning rate rises.
+        muon: Highest learning rate of Muon; None for the Trainer's own optimizer.
         kwargs: As :class:`~inlay.train.trainer.InlayTrainer` takes them; ``model`` is the task.
     """
 
     if_not_finite = "lower optim.lr or max_norm, and go on from the last checkpoint with --resume"
 
-    def __init__(self, *, checkpoint_config: Mapping[str, Any], pct_start: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *, checkpoint_config: Mapping[str, Any], pct_start: float, muon: float | None = None, **kwargs: Any
+    ) -> None:
         self.checkpoint_config = checkpoint_config
         self.pct_start = pct_start
+        self.muon = muon
         super().__init__(**kwargs)
 
     def compute_loss(
@@ -47,6 +52,12 @@ class MoshiTrainer(LossPartsTrainer, InlayTrainer):
         self.note_parts(model.training, {"text": result.text, "audio": result.audio})
         return (result.loss, {"nats": result.nats}) if return_outputs else result.loss
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's, or with ``muon`` Muon for weights of linear layers and AdamW for the rest."""
+        if self.muon is not None and vars(self)["optimizer"] is None:
+            self.optimizer: torch.optim.Optimizer = MuonAdamW.of([self.model], self.args, self.muon)
+        return super().create_optimizer(model)
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> OneCycleLR:
         """moshi-finetune's: one cycle, up along a cosine in ``pct_start`` of the steps and down in the rest."""
         scheduler: OneCycleLR | None = vars(self)["lr_scheduler"]
@@ -54,7 +65,13 @@ class MoshiTrainer(LossPartsTrainer, InlayTrainer):
             optimizer = optimizer or self.optimizer
             peaks = [group["lr"] for group in optimizer.param_groups]
             steps = max(2, num_training_steps)
-            scheduler = OneCycleLR(optimizer, max_lr=peaks, total_steps=steps, pct_start=self.pct_start)
+            scheduler = OneCycleLR(
+                optimizer,
+                max_lr=peaks,
+                total_steps=steps,
+                pct_start=self.pct_start,
+                cycle_momentum=self.muon is None,  # Muon's is no beta of AdamW's
+            )
             self.lr_scheduler = scheduler
             self._created_lr_scheduler = True
         return scheduler

@@ -9,10 +9,11 @@ of one order of magnitude suit both.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -46,6 +47,17 @@ class MuonAdamW(torch.optim.Optimizer):
             self.parts.append(torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
+
+    @classmethod
+    def of(cls, modules: Iterable[nn.Module], arguments: TrainingArguments, matrix_lr: float) -> Self:
+        """For what is trained in ``modules``, AdamW's settings as a Trainer has them."""
+        return cls(
+            *split_matrices(modules),
+            matrix_lr=matrix_lr,
+            lr=arguments.learning_rate,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            weight_decay=arguments.weight_decay,
+        )
 
     def _share(self) -> None:
         """Let the groups here be the parts' own, so that a scheduler moves theirs."""

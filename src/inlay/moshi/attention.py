@@ -33,7 +33,10 @@ from inlay.fastweight.errors import InlayError
 from inlay.moshi.yarn import rotate, self_attentions
 
 QUERIES = 512
-"""Queries in a block b."""
+"""Queries in a block b, at most."""
+
+_FEWEST = 64
+"""Below so many a block is too small to be quick."""
 
 _documents: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("documents", default=None)
 
@@ -45,7 +48,8 @@ def use_windowed_attention(transformer: StreamingTransformer, *, block: int = QU
 
     Args:
         transformer: The main transformer of an ``LMModel``.
-        block: Queries in a block b; memory is O(b · (b + W)) for the mask, work (b + W) / W of what is needed.
+        block: Most queries in a block b; memory is O(b · (b + W)) for the mask, work (b + W) / W of what is needed,
+            so where the window is small a block has no more queries than it (but 64).
 
     Returns:
         What takes it off again.
@@ -106,6 +110,8 @@ def _forward(attention: StreamingMultiheadAttention, block: int, query: Tensor, 
         q, k = rotate(attention.rope, q, k, positions)
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    if attention.context is not None:
+        block = min(block, max(_FEWEST, attention.context))
     x = windowed_attention(q, k, v, attention.context, documents=documents, block=block)
     mixed: Tensor = attention.out_projs[0](x.transpose(1, 2).reshape(batch, frames, -1))
     return mixed

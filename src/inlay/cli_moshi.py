@@ -105,6 +105,14 @@ def synthesise(
     console.print(f"conversations: {manifest}", soft_wrap=True)
 
 
+@app.command()
+def demo(runs: Annotated[Path, typer.Option(help="Where the demo's folder is made.")] = Path("runs")) -> None:
+    """Make conversations, train a toy Moshi with and without a memory, stream; one report. About 6 minutes."""
+    from inlay.moshi_demo import run_moshi_demo
+
+    run_moshi_demo(runs / "moshi-demo", console)
+
+
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[float, float], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

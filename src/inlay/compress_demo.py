@@ -8,8 +8,6 @@ tokens. Nothing is compared before full text itself answers: a decoder that does
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from inlay.demo import DemoError, recipe_path
+from inlay.demo import DemoError, cores_here, recipe_path, remove_runs
 from inlay.evaluate.compress_methods import FULL_TEXT, SOFT_TOKENS
 from inlay.evaluate.compress_results import CompressEvaluation
 from inlay.evaluate.compress_suite import CompressSuite
@@ -29,7 +27,6 @@ from inlay.train.base_lm import BaseOutcome, base_outcome, build_base_lm
 from inlay.train.compress import train_compressor
 from inlay.train.compress_recipe import load_compress_recipe
 from inlay.train.compress_report import measure_compress_run, write_compress_report
-from inlay.train.directory import RECIPE
 
 TASK = "terse"
 FULL_TEXT_ANSWERS = 0.95
@@ -47,7 +44,7 @@ def run_compress_demo(directory: Path, console: Console) -> Path:
     """
     began = time.monotonic()
     keep_freed_memory()
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(cores_here())
     recipe = load_compress_recipe(recipe_path(TASK))
     build_base_lm(recipe, console)
     outcome = base_outcome(recipe)
@@ -63,8 +60,7 @@ def run_compress_demo(directory: Path, console: Console) -> Path:
         f"{outcome.seconds / 60:.1f} min"
     )
     run = directory / TASK
-    if (run / RECIPE).is_file():
-        shutil.rmtree(run)
+    remove_runs([run])
     train_compressor(recipe, run, console=console)
     suite = measure_compress_run(run, shown=partial(progress_bar, console), device="cpu")
     suite.write(run / "evaluation.json")

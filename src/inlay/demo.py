@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -52,15 +53,27 @@ TASKS = {
 
 
 class DemoError(InlayError, RuntimeError):
-    """A training process of the demo failed."""
+    """A demo cannot go on: a training process failed, say."""
 
 
 @dataclass(eq=False)
 class Arm:
-    """One training of the demo."""
+    """One training of a demo.
+
+    Attributes:
+        task: What is trained, and
+        variant: how; for the progress bar and errors.
+        recipe: The file.
+        overrides: What differs from it, as on the command line.
+        directory: The run's.
+        steps: How many there will be.
+        process: The training, once it has started.
+    """
 
     task: str
     variant: str
+    recipe: Path
+    overrides: tuple[str, ...]
     directory: Path
     steps: int
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
@@ -72,10 +85,8 @@ class Arm:
 
     def start(self, threads: int) -> None:
         """Train in a process of its own."""
-        recipe = recipe_path(self.task)
-        command = [sys.executable, "-m", "inlay", "train", str(recipe), f"name={self.directory.name}"]
-        command += ["memory=null"] if self.variant == NO_MEMORY else []
-        command += ["--runs", str(self.directory.parent)]
+        command = [sys.executable, "-m", "inlay", "train", str(self.recipe), f"name={self.directory.name}"]
+        command += [*self.overrides, "--runs", str(self.directory.parent)]
         environment = os.environ | KEEP_FREED_MEMORY | {"OMP_NUM_THREADS": str(threads)}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -122,22 +133,27 @@ def run_demo(directory: Path, console: Console) -> Path:
         DemoError: A training failed; the message holds the end of its log.
     """
     began = time.monotonic()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cores_here()
     directory.mkdir(parents=True, exist_ok=True)
     recipes = {task: load_recipe(recipe_path(task)) for task in TASKS}
     arms = [
-        Arm(task, variant, directory / f"{task}-{variant.replace(' ', '-')}", int(recipes[task].trainer["max_steps"]))
+        Arm(
+            task,
+            variant,
+            recipe_path(task),
+            ("memory=null",) if variant == NO_MEMORY else (),
+            directory / f"{task}-{variant.replace(' ', '-')}",
+            int(recipes[task].trainer["max_steps"]),
+        )
         for task in TASKS
         for variant in (WITH, NO_MEMORY)
     ]
-    for arm in arms:
-        if (arm.directory / RECIPE).is_file():
-            shutil.rmtree(arm.directory)
+    remove_runs([arm.directory for arm in arms])
     with console.status("reading the standard library's source and learning its tokens"):
         data = {task: load_data(recipes[task].data) for task in TASKS}
-    with _progress(console) as progress:
+    with arms_progress(console) as progress:
         for task in TASKS:
-            _train([arm for arm in arms if arm.task == task], progress, cores)
+            train_arms([arm for arm in arms if arm.task == task], progress, cores)
         torch.set_num_threads(cores)
         evaluations = {
             task: _evaluate([arm for arm in arms if arm.task == task], data[task], progress) for task in TASKS
@@ -151,8 +167,20 @@ def run_demo(directory: Path, console: Console) -> Path:
     return path
 
 
-def _train(arms: list[Arm], progress: Progress, cores: int) -> None:
-    """Train the arms, as many side by side as there are cores; ends all of them if one fails or we are interrupted."""
+def cores_here() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def remove_runs(directories: Iterable[Path]) -> None:
+    """Remove the runs of an earlier demo; what is no run is left."""
+    for directory in directories:
+        if (directory / RECIPE).is_file():
+            shutil.rmtree(directory)
+
+
+def train_arms(arms: list[Arm], progress: Progress, cores: int) -> None:
+    """Train arms, as many side by side as there are cores; ends all of them if one fails or we are interrupted."""
     waiting, running = list(arms), dict[Arm, TaskID]()
     try:
         while waiting or running:
@@ -232,7 +260,8 @@ def _report(directory: Path, arms: list[Arm], evaluations: dict[str, Evaluation]
     return write_report(report, directory / "report.html")
 
 
-def _progress(console: Console) -> Progress:
+def arms_progress(console: Console) -> Progress:
+    """Bars with a note beside each (the field ``note``)."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

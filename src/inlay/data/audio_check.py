@@ -65,20 +65,28 @@ class AudioReport:
         """0 when there is no problem and at least one conversation, else 1."""
         return int(bool(self.findings) or not self.conversations)
 
+    @property
+    def seconds(self) -> float:
+        """Length of the sound conversations."""
+        return sum(one.samples for one in self.conversations) / SAMPLE_RATE
+
+    @property
+    def returns(self) -> int:
+        """Phrases of theirs that return."""
+        return sum(len(one.transcript.returns) for one in self.conversations)
+
     def tables(self) -> Iterator[Table]:
         """What there is, and, if anything is wrong, how often and where."""
         from rich.table import Table
 
         summary = Table(title=self.data, title_justify="left", show_header=False)
-        seconds = sum(one.samples for one in self.conversations) / SAMPLE_RATE
         words = Counter(word.speaker == MAIN_SPEAKER for one in self.conversations for word in one.transcript.words)
-        returns = sum(len(one.transcript.returns) for one in self.conversations)
         summary.add_row("conversations", f"{self.files:,}")
         summary.add_row("sound", f"{len(self.conversations):,}")
-        summary.add_row("hours of these", f"{seconds / 3600:.2f}")
+        summary.add_row("hours of these", f"{self.seconds / 3600:.2f}")
         summary.add_row("words of the main speaker", f"{words[True]:,}")
         summary.add_row("words of others", f"{words[False]:,}")
-        summary.add_row("phrases that return", f"{returns:,}")
+        summary.add_row("phrases that return", f"{self.returns:,}")
         yield summary
         if self.findings:
             kinds = Table("problem", "times", title="by kind", title_justify="left")

@@ -78,6 +78,27 @@ def test_what_a_limit_cuts_off_is_counted_by_the_answers_that_are_gone() -> None
     assert examine_lengths(cases.case(examples)).findings() == []
 
 
+def test_what_the_tokenizer_does_not_know_is_named() -> None:
+    # words() knows the numbers to 40, and reads 97 and 98 alike.
+    known = answers([2] * 60)
+    strange = [QAExample(f"x{row}", f"3 4 {11 + row} 98 7", "Who ?", ("97",)) for row in range(40)]
+    found = examine_lengths(cases.case([*known, *strange], known))
+    assert found.splits[0].unknown == {"answers": 40, "questions": 0, "contexts": 40}
+    assert found.splits[1].unknown == {"answers": 0, "questions": 0, "contexts": 0}
+    (fault,) = found.findings()
+    assert (fault.code, fault.severity) == ("lengths.unknown_words", Severity.WARNING)
+    assert "'97'" in fault.says
+    assert "in 40 % of the training answers" in fault.says
+    assert "cannot come back" in fault.says
+    (fatal,) = examine_lengths(cases.case(strange, known)).findings()
+    assert fatal.severity is Severity.FATAL
+    asked = [QAExample(one.id, one.context, "Which ?", one.answers) for one in known]
+    (warned,) = examine_lengths(cases.case(asked)).findings()
+    assert warned.severity is Severity.WARNING
+    assert "'Which'" in warned.says
+    assert "come back" not in warned.says
+
+
 def test_a_context_that_the_compressor_cannot_read_is_named() -> None:
     compressor = {"kind": "crossattention", "ratios": [4], "max_slots": 2}
     found = examine_lengths(cases.case(answers([2] * 8), compressor=compressor))

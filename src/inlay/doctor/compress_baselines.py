@@ -14,7 +14,7 @@ from inlay.doctor.compress_case import Check, CompressCase, Steps, checks_table,
 from inlay.doctor.compress_overfit import LARGEST
 from inlay.doctor.findings import Finding, Severity
 from inlay.evaluate.compress import evaluate_compression
-from inlay.evaluate.compress_methods import CUTS, FULL_TEXT, NO_CONTEXT, SOFT_TOKENS, UNTRAINED
+from inlay.evaluate.compress_methods import CUTS, FULL_TEXT, NO_CONTEXT, SOFT_TOKENS
 from inlay.evaluate.compress_results import CompressEvaluation
 from inlay.evaluate.intervals import Interval
 from inlay.evaluate.scoring import choose
@@ -122,7 +122,6 @@ def examine_baselines(case: CompressCase, *, seconds: float = SECONDS, progress:
             one.nll,
         )
         for one in evaluation.methods
-        if one.name != UNTRAINED  # what is examined is untrained itself
     )
     full = evaluation.find(FULL_TEXT)
     cut = max((one.scores.exact_match for one in evaluation.methods if one.name in CUTS), default=None)
@@ -145,7 +144,8 @@ def _evaluate(case: CompressCase, count: int, progress: Steps | None) -> Compres
         examples,
         ratios=case.recipe.evaluate.ratios,
         context_tokens=case.recipe.context_tokens,
-        batch_size=min(case.recipe.evaluate.batch_size, LEAST),
+        batch_size=case.recipe.evaluate.batch_size,
+        untrained=False,  # what is examined is untrained itself
         seed=case.recipe.seed,
         progress=progress,
     )

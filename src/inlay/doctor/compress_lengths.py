@@ -1,4 +1,5 @@
-"""How long answers and contexts are in the decoder's tokens, and what the recipe's limits cut.
+"""How long answers and contexts are in the decoder's tokens, what the recipe's limits cut, and what the decoder's
+tokenizer cannot write at all.
 
 An answer that is longer than the budget of new tokens is wrong whatever the model has learnt; a context that is cut may
 have lost what is asked. Answers are counted as they are taught, by the layout.
@@ -10,21 +11,19 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from inlay.data import QAExample
 from inlay.data.qa_statistics import SHOWN_LIMITS, TokenLengths
 from inlay.doctor.compress_case import CompressCase, percent
 from inlay.doctor.findings import Finding, Severity
-from inlay.evaluate.scoring import choose
 from inlay.report import Section, Table, bars
 from inlay.report.document import Align, Item
 from inlay.report.numbers import Cell
 from inlay.softtoken.compressors import CompressorError
 
-_COUNTED = 500
-"""Most questions of a split that are counted, evenly spaced: so many tell a share of 5 % to ±1.9 %."""
-
 _FEW_CUT, _MOST_CUT = 0.01, 0.5
+_FEW_UNKNOWN = 0.01
 _SAMPLES = 3
 
 
@@ -43,6 +42,8 @@ class SplitLengths:
         contexts_cut: Contexts longer than ``context_tokens``.
         stated: Answers whose text stands in their context.
         lost: Those of them whose text no longer stands in what ``context_tokens`` leaves.
+        unknown: ``answers``, ``questions`` and ``contexts`` in which something is unknown to the tokenizer.
+        unknown_text: The first such thing; empty where there is none.
     """
 
     name: str
@@ -55,6 +56,14 @@ class SplitLengths:
     contexts_cut: int
     stated: int
     lost: int
+    unknown: dict[str, int]
+    unknown_text: str
+
+    @property
+    def unknown_shares(self) -> dict[str, float]:
+        """``unknown`` as shares."""
+        of = {"answers": self.answers.texts, "questions": self.counted, "contexts": self.contexts.texts}
+        return {what: number / max(1, of[what]) for what, number in self.unknown.items()}
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,18 @@ class Lengths:
             fix = f"context_tokens: {split.contexts.quantile(0.99)} holds 99 % of the contexts; or null"
             severity = Severity.FATAL if lost > _MOST_CUT else Severity.WARNING
             found.append(Finding("lengths.answers_lost", severity, says, fix))
+        shares = {what: share for what, share in split.unknown_shares.items() if share > _FEW_UNKNOWN}
+        if shares:
+            counted = ", ".join(f"{percent(share)} of the {split.name} {what}" for what, share in shares.items())
+            says = (
+                f"the decoder's tokenizer does not know everything that is written ({split.unknown_text!r}, say), and "
+                f"reads it as one and the same token: so in {counted}"
+            )
+            if "answers" in shares:
+                says += "; such an answer cannot come back, however well it is learnt"
+            fix = "the tokenizer that the decoder was trained with, or data in the words that it knows"
+            severity = Severity.FATAL if shares.get("answers", 0.0) > _MOST_CUT else Severity.WARNING
+            found.append(Finding("lengths.unknown_words", severity, says, fix))
         return found
 
     def _too_long(self) -> list[Finding]:
@@ -147,10 +168,13 @@ class Lengths:
 
     def section(self) -> Section:
         """Distributions, shares beyond limits, samples."""
+        held = f"`answer_tokens: {self.for_99}` would hold 99 % of the answers"
+        if self.for_95 < self.for_99:
+            held += f" and `answer_tokens: {self.for_95}` 95 %"
+        counts = " and ".join(f"{count} slots at {name}" for name, count in self.slots.items())
         told = (
-            f"In the decoder's tokens. `answer_tokens` is {self.answer_tokens}, an answer's end included: "
-            f"`answer_tokens: {self.for_95}` would hold 95 % of the answers and `answer_tokens: {self.for_99}` 99 %."
-            + "".join(f" The longest context gets {count} slots at {name}." for name, count in self.slots.items())
+            f"In the decoder's tokens. `answer_tokens` is {self.answer_tokens}, an answer's end included: {held}."
+            + f" The longest context gets {counts}." * bool(counts)
         )
         plot = bars(
             {split.name: _histogram(split.answers) for split in self.splits}, unit="answers of so many tokens, %"
@@ -189,6 +213,10 @@ class Lengths:
             what = f"contexts beyond context_tokens: {self.context_tokens}"
             rows.append(row(what, lambda split: split.contexts_cut / max(1, split.contexts.texts)))
             rows.append(row("answers stated in their context and cut off", lambda one: one.lost / max(1, one.stated)))
+        for what in ("answers", "questions", "contexts"):
+            if any(split.unknown[what] for split in self.splits):
+                label = f"{what} with something the tokenizer does not know"
+                rows.append(row(label, lambda split, what=what: split.unknown_shares[what]))  # type: ignore[misc]
         align: list[Align] = ["left", *("right",) * 2]
         return Table(["share of", *(split.name for split in self.splits)], rows, align=align)
 
@@ -202,12 +230,7 @@ class Lengths:
 
 def examine_lengths(case: CompressCase) -> Lengths:
     """Count the lengths of both splits."""
-    chosen = {
-        name: [examples[index] for index in choose(len(examples), _COUNTED)]
-        for name, examples in (("training", case.train), ("evaluation", case.eval))
-    }
-    sizes = {"training": len(case.train), "evaluation": len(case.eval)}
-    splits = tuple(_count(case, name, examples, sizes[name]) for name, examples in chosen.items())
+    splits = (_count(case, "training", len(case.train)), _count(case, "evaluation", len(case.eval)))
     longest = max(split.contexts.longest for split in splits)
     if case.recipe.context_tokens is not None:
         longest = min(longest, case.recipe.context_tokens)
@@ -223,24 +246,23 @@ def examine_lengths(case: CompressCase) -> Lengths:
         longest_row=max(slots.values(), default=0) + max(split.prompts.longest for split in splits) + needed,
         positions=case.compressor.lm.max_positions,
         refused=refused,
-        samples=_samples(case, chosen["training"]),
+        samples=_samples(case),
     )
 
 
-def _count(case: CompressCase, name: str, examples: Sequence[QAExample], questions: int) -> SplitLengths:
-    layout, limit = case.layout, case.recipe.context_tokens
+def _count(case: CompressCase, name: str, questions: int) -> SplitLengths:
+    layout, limit, examples = case.layout, case.recipe.context_tokens, case.counted[name]
     end = int(layout.layout.eos)
-    answers = [len(layout.answer_ids(example.answers)) - end for example in examples]
+    answers = [len(ids) - end for ids in case.answers[name]]
     prompts = [layout.prompt(example.question) for example in examples]
-    contexts = dict.fromkeys(example.context for example in examples)
-    encoded = layout.tokenizer(
-        [*contexts],
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
+    texts = {
+        "answers": [_taught(case, example) for example in examples],
+        "questions": [example.question for example in examples],
+        "contexts": [*dict.fromkeys(example.context for example in examples)],
+    }
+    read = {what: _encoded(layout.tokenizer, written) for what, written in texts.items()}
+    unknown = {what: _unknown(layout.tokenizer, read[what], texts[what]) for what in texts}
+    contexts, encoded = texts["contexts"], read["contexts"]
     kept = {
         text: text if limit is None or len(spans) <= limit else text[: spans[limit - 1][1]]
         for text, spans in zip(contexts, encoded["offset_mapping"], strict=True)
@@ -258,7 +280,35 @@ def _count(case: CompressCase, name: str, examples: Sequence[QAExample], questio
         contexts_cut=0 if limit is None else sum(length > limit for length in lengths),
         stated=len(stated),
         lost=sum(not any(answer in kept[one.context] for answer in one.answers) for one in stated),
+        unknown={what: len(found) for what, found in unknown.items()},
+        unknown_text=next((found[0] for found in unknown.values() if found), ""),
     )
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str]) -> Any:
+    return tokenizer(
+        [*texts],
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+
+
+def _unknown(tokenizer: Any, encoded: Any, texts: Sequence[str]) -> list[str]:
+    """Of each text that the tokenizer does not know all of, the first thing that it does not."""
+    unknown = tokenizer.unk_token_id
+    found = []
+    for text, ids, spans in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if unknown in ids:
+            start, end = spans[ids.index(unknown)]
+            found.append(text[start:end])
+    return found
+
+
+def _taught(case: CompressCase, example: QAExample) -> str:
+    return example.answers[0] if example.answers else case.layout.layout.unanswerable
 
 
 def _slots(case: CompressCase, longest: int) -> tuple[dict[str, int], str]:
@@ -273,20 +323,13 @@ def _slots(case: CompressCase, longest: int) -> tuple[dict[str, int], str]:
     return counts, ""
 
 
-def _samples(case: CompressCase, examples: Sequence[QAExample]) -> tuple[Sample, ...]:
-    layout = case.layout
-    by_length = sorted(examples, key=lambda one: len(layout.answer_ids(one.answers)))
+def _samples(case: CompressCase) -> tuple[Sample, ...]:
+    taught = zip(case.counted["training"], case.answers["training"], strict=True)
+    by_length = sorted(taught, key=lambda pair: len(pair[1]))
     last = len(by_length) - 1
     chosen = [by_length[round(place * last / (_SAMPLES - 1))] for place in range(_SAMPLES)]
-    spell = layout.tokenizer.convert_ids_to_tokens
-    return tuple(
-        Sample(
-            one.question,
-            one.answers[0] if one.answers else layout.layout.unanswerable,
-            tuple(map(str, spell(layout.answer_ids(one.answers)))),
-        )
-        for one in chosen
-    )
+    spell = case.layout.tokenizer.convert_ids_to_tokens
+    return tuple(Sample(one.question, _taught(case, one), tuple(map(str, spell(ids)))) for one, ids in chosen)
 
 
 def _lengths(lengths: Sequence[int]) -> TokenLengths:

@@ -17,14 +17,12 @@ from torch import nn
 
 from inlay.doctor.compress_case import Check, CompressCase, checks_table, faults, percent
 from inlay.doctor.findings import Finding, Severity
-from inlay.evaluate.scoring import choose
 from inlay.report import Section, Table
 from inlay.report.document import Align
 from inlay.report.numbers import Cell
 from inlay.train.compress_trainer import stages
 
 _ROWS = 4
-_COUNTED = 500
 _LONG = 16
 """Tokens of an answer from which errors on the way count: at 99 % a token, 15 % of such answers have one."""
 
@@ -107,8 +105,7 @@ def examine_objectives(case: CompressCase) -> Objectives:
     finally:
         for module, mode in modes:
             module.training = mode
-    counted = (case.train[index] for index in choose(len(case.train), _COUNTED))
-    lengths = sorted(len(case.layout.answer_ids(one.answers)) for one in counted)
+    lengths = sorted(map(len, case.answers["training"]))
     mean, long = sum(lengths) / len(lengths), lengths[math.ceil(0.95 * len(lengths)) - 1]
     weights = case.recipe.objectives.weights
     first = _first_share(weights, mean, case.recipe.objectives.k)

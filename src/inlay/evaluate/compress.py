@@ -22,6 +22,7 @@ from inlay.evaluate.compress_methods import (
     FULL_TEXT,
     OTHER_CONTEXT,
     SOFT_TOKENS,
+    UNTRAINED,
     Ids,
     Method,
     budgets_of,
@@ -50,6 +51,7 @@ def evaluate_compression(
     context_tokens: int | None = None,
     batch_size: int = 16,
     baselines: bool = True,
+    untrained: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CompressEvaluation:
@@ -66,6 +68,7 @@ def evaluate_compression(
         context_tokens: Contexts are cut behind so many tokens for every method, as in training; None for whole ones.
         batch_size: Questions answered at a time, and the batch that times are measured at.
         baselines: Measure the baselines as well.
+        untrained: Among them the compressor without its training; off where that is what ``compressor`` is.
         seed: Of random spans, of who gets whose context, and of the untrained compressor.
         progress: Called with answers given and answers in all, of all methods together.
 
@@ -82,6 +85,7 @@ def evaluate_compression(
     with untaught(model, compressor, budgets if baselines else [], seed) as learned_nothing:
         methods = [*soft]
         if baselines:
+            learned_nothing = [method for method in learned_nothing if untrained or method.name != UNTRAINED]
             methods = [*plain, *soft, *learned_nothing, *cut_methods(model, compressor, budgets, seed)]
         with evaluating(model), evaluating(compressor):
             records = _take_turns(methods, model, layout, examples, contexts, batch_size, progress)

@@ -46,7 +46,7 @@ from inlay.train.moshi_trainer import FINETUNED
 from inlay.train.report import training_curve
 
 TASK = "moshi_demo"
-SIZES = ToySizes(num_layers=2, depformer_dim=16, depformer_layers=1)
+SIZES = ToySizes(num_layers=2, num_heads=2, depformer_dim=16, depformer_layers=1)
 REACH = SIZES.num_layers * SIZES.context
 """Frames that attention reaches back, through all layers."""
 

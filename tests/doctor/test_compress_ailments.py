@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from inlay.cli import app
-from inlay.doctor import Diagnosis
+from inlay.doctor import Diagnosis, compress
+from inlay.doctor.compress_overfit import overfit_one_batch
 from inlay.doctor.compress_recipes import examine_compress_recipe, is_compress_recipe
 from inlay.train.base_lm import build_base_lm
 from inlay.train.compress_recipe import load_compress_recipe
@@ -87,10 +89,12 @@ def test_a_recipe_that_learns_is_healthy_and_says_what_was_not_examined() -> Non
     }
 
 
-def test_a_decoder_that_was_trained_is_taken_from_the_cache(tmp_path: Path) -> None:
+def test_a_decoder_that_was_trained_is_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = [*SMALL, "base.stages=[{facts: 4, max_steps: 1}]", "base.batch_size=8", "base.eval_examples=8"]
     recipe = load_compress_recipe(RECIPES / "facts.yaml", [*changes, "data.eval_examples=256"])
     build_base_lm(recipe, Console(quiet=True), cache_dir=tmp_path)
+    # Through a decoder of one step nothing is learnt by heart; all the steps would only take their time.
+    monkeypatch.setattr(compress, "overfit_one_batch", partial(overfit_one_batch, steps=2))
     diagnosis = examine_compress_recipe(recipe, cache_dir=tmp_path)
     assert not diagnosis.skipped
     # One step is no training, and that is what the doctor says of it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class Diagnosis:
             Headline("will not learn", str(counts[Severity.FATAL]), "findings that must be mended"),
             Headline("warnings", str(counts[Severity.WARNING]), "findings worth a look"),
         ]
-        sections = [self._findings_section(), *(one.section() for one in self.examinations.values())]
+        sections = [self._findings_section(), *self._sections]
         if self.skipped:
             rows = [[name, why] for name, why in self.skipped.items()]
             sections.append(Section("Not examined", items=[Table(["examination", "why"], rows)]))
@@ -105,8 +106,8 @@ class Diagnosis:
 
     def print(self, console: Console) -> None:
         """Everything but the plots, the findings last, where a terminal is read."""
-        for examination in self.examinations.values():
-            print_section(console, examination.section())
+        for section in self._sections:
+            print_section(console, section)
         console.print()
         for name, why in self.skipped.items():
             console.print(f"[dim]not examined: {escape(name)}: {escape(why)}[/]", highlight=False)
@@ -120,6 +121,11 @@ class Diagnosis:
         title = f"[bold]{escape(self.subject)}[/]"
         verdict = f"[bold {color}]{VERDICTS[self.severity]}[/]: {escape(self.sentence)}"
         console.print(Panel(verdict, title=title, title_align="left", border_style=color))
+
+    @cached_property
+    def _sections(self) -> list[Section]:
+        # Drawing their plots takes longer than measuring a small model: once is enough for terminal and report.
+        return [examination.section() for examination in self.examinations.values()]
 
     def _findings_section(self) -> Section:
         if not self.findings:

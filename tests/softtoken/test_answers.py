@@ -10,11 +10,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from inlay.softtoken.compressors import CompressorError
 from inlay.softtoken.errors import LayoutError
 from inlay.softtoken.layout import PromptLayout
 from inlay.softtoken.tokens import SoftTokens, embed_text
 from tests.closeness import assert_close
 from tests.softtoken.local import byte_level, gpt2, llama, words
+from tests.softtoken.stored import a_run, texts
 
 ANSWER = "10 11 12 13 14 15 16"
 WIDTH = 32
@@ -150,11 +152,7 @@ def test_keys_and_values_of_the_slots_answer_as_their_embeddings_do(decoder: Cal
     for row in range(4):
         assert layout.answer(model, cached.row(row), questions[row : row + 1]) == expected[row : row + 1]
     assert layout.answer(model, cached, questions[:1] * 4) == layout.answer(model, memory, questions[:1] * 4)
-    if decoder is mistral:  # padding between a row's slots and its prompt would count as places of its window
-        with pytest.raises(LayoutError, match=r"slides over 6, .* answer prompts of one length together"):
-            layout.answer(model, cached, questions)
-    else:
-        assert layout.answer(model, cached, questions) == expected
+    assert layout.answer(model, cached, questions) == expected
 
 
 @torch.no_grad()
@@ -200,3 +198,46 @@ def test_an_answer_is_read_up_to_the_first_stop_id() -> None:
         assert layout.decode([*ada, stop, *bob]) == "Ada Lovelace"
     assert layout.decode(ada + bob) == "Ada Lovelace Bob"
     assert layout.decode([eos, *bob]) == ""
+
+
+def test_prompts_of_several_lengths_are_answered_together_where_a_window_slides_over_keys_and_values() -> None:
+    layout = PromptLayout(bos=False, bos_after=True, question="{question} ", answer_tokens=8).bind(words())
+    model = mistral(len(words()))
+    torch.manual_seed(3)
+    lengths = [5, 2, 7, 4]
+    mask = torch.arange(7) < torch.tensor(lengths).unsqueeze(1)
+    kv = tuple((torch.randn(4, 2, 7, 8), torch.randn(4, 2, 7, 8)) for _ in range(2))
+    memory = SoftTokens(None, mask, kv)
+    questions = ["Who ?", "Who lives in Paris ?", "Bob ?", "Ada lives in ?"]
+    assert layout.together(model, memory, questions) == [[0, 2], [3], [1]]
+    with pytest.raises(LayoutError, match="prompts of one length together"):
+        layout.generation(model, memory, questions)
+    alone = [layout.generate(model, memory.row(row), [question])[0] for row, question in enumerate(questions)]
+    assert layout.generate(model, memory, questions) == alone
+    assert layout.answer(model, memory, questions) == [layout.decode(ids) for ids in alone]
+    assert len({tuple(ids) for ids in alone}) > 2
+
+
+@pytest.mark.parametrize("form", ["embeddings", "kv"])
+def test_a_compressor_answers_from_memories_with_any_numbers_of_slots(form: str) -> None:
+    run = a_run(learned=True, form=form)
+    compressor, layout = run.compressor, run.layout
+    memories = []
+    for _, text in texts(4):
+        ids = torch.tensor([layout.context_ids(text)])
+        memories.append(compressor.compress(ids).detach())
+    assert len({memory.slots for memory in memories}) > 2
+    questions = ["Who lives in Paris?", "Ada?", "What is the capital?", "Born in 1815?"]
+    alone = [layout.answer(run.model, one, [asked])[0] for one, asked in zip(memories, questions, strict=True)]
+    assert compressor.answer(questions, memories, layout) == alone
+    assert compressor.answer(questions, SoftTokens.cat(memories), layout) == alone
+    # One memory, and several questions about it.
+    about_one = [layout.answer(run.model, memories[0], [asked])[0] for asked in questions]
+    assert compressor.answer(questions, memories[0], layout) == about_one
+    assert len(set(alone + about_one)) > 2
+    with pytest.raises(CompressorError, match=r"layout=PromptLayout\(\.\.\.\)\.bind\(tokenizer\)"):
+        compressor.answer(questions, memories)
+    compressor.layout = layout  # as a loaded run has it
+    assert compressor.answer(questions, memories) == alone
+    with pytest.raises(LayoutError, match="3 questions for a memory of 4 rows"):
+        compressor.answer(questions[:3], memories)

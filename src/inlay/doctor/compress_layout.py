@@ -93,9 +93,14 @@ def examine_layout(case: CompressCase) -> SeenLayout:
     memory = case.memory(batch)
     with torch.no_grad():
         training = case.layout.training(case.model, memory, batch["questions"], batch["answers"])
-        generation = case.layout.generation(case.model, memory, batch["questions"])
+        batches = [
+            (rows, case.layout.generation(case.model, memory.select(rows), [batch["questions"][row] for row in rows]))
+            for rows in case.layout.together(case.model, memory, batch["questions"])
+        ]
+    generation = batches[0][1]
     back = ReadBack(case.compressor.lm.embedding)
-    rows = [_Row.read(case, back, training, generation, row) for row in range(len(examples))]
+    places = {row: (one, at) for rows, one in batches for at, row in enumerate(rows)}
+    rows = [_Row.read(case, back, training, row, *places[row]) for row in range(len(examples))]
     checks = (
         _prefix(rows),
         _behind(case, rows, examples),
@@ -133,15 +138,16 @@ class _Row:
 
     @staticmethod
     def read(
-        case: CompressCase, back: ReadBack, training: TrainingBatch, generation: GenerationBatch, row: int
+        case: CompressCase, back: ReadBack, training: TrainingBatch, row: int, generation: GenerationBatch, at: int
     ) -> _Row:
+        """Row ``row`` of training, which is row ``at`` of generation."""
         trained, positions, labels = _real(training, row, training.labels)
-        started, places, _ = _real(generation, row)
+        started, places, _ = _real(generation, at)
         spell = case.layout.tokenizer.convert_ids_to_tokens
 
-        def seen(vectors: Tensor, at: list[int], taught: list[int]) -> list[SeenToken]:
+        def seen(vectors: Tensor, where: list[int], taught: list[int]) -> list[SeenToken]:
             tokens, slots = [], 0
-            for index, position, label in zip(back(vectors), at, taught, strict=True):
+            for index, position, label in zip(back(vectors), where, taught, strict=True):
                 name = f"slot {slots}" if index is None else _printable(str(spell(index)))
                 slots += index is None
                 said = "" if label == NO_LABEL else _printable(str(spell(label)))

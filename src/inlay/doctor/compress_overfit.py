@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from inlay.data import QAExample
 from inlay.doctor.compress_case import CompressCase, Steps
@@ -262,14 +261,11 @@ def _loss(case: CompressCase, batch: dict[str, Any]) -> tuple[Tensor, float]:
 def _recite(case: CompressCase, batch: dict[str, Any]) -> list[Recited]:
     """Generate every row's answer and compare it with what was taught."""
     layout = case.layout
-    noted = _Noted()
-    layout.answer(case.model, case.memory(batch), batch["questions"], stopping_criteria=StoppingCriteriaList([noted]))
-    assert noted.ids is not None
+    generated = layout.generate(case.model, case.memory(batch), batch["questions"])
     spell = layout.tokenizer.convert_ids_to_tokens
     rows = []
-    for said, references in zip(noted.ids.tolist(), batch["answers"], strict=True):
-        end = next((place for place, index in enumerate(said) if index in layout.stop_ids), len(said) - 1)
-        said, wanted = said[: end + 1], layout.answer_ids(references)
+    for said, references in zip(generated, batch["answers"], strict=True):
+        wanted = layout.answer_ids(references)
         if not set(wanted) & set(layout.stop_ids):
             wanted = [*wanted, layout.stop_ids[0]]  # what an answer should end with, taught or not
         fault = name_fault(wanted, said, layout.stop_ids)
@@ -299,17 +295,6 @@ def name_fault(wanted: Sequence[int], said: Sequence[int], stop_ids: Sequence[in
         if len(wanted) > 2 and list(said[: len(skipping)]) == skipping:
             return "shifted_twice"
     return "differs"
-
-
-class _Noted(StoppingCriteria):
-    """Stops nothing; notes what was generated so far."""
-
-    def __init__(self) -> None:
-        self.ids: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        self.ids = input_ids.clone()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager

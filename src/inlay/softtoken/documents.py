@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
 
 from inlay.data import Document
 from inlay.softtoken.compressors import Compressor, CompressorError
@@ -194,20 +193,14 @@ def answer(
     answers = [""] * len(questions)
     lengths = [(len(run.layout.prompt(text).after), store.find(name).slots) for name, text in questions]
     order = sorted(range(len(questions)), key=lambda index: lengths[index])
-    # Behind keys and values, a sliding window takes only prompts of one length.
-    alike = store.form == "kv" and any(layer.is_sliding for layer in DynamicCache(config=run.model.config).layers)
-    done = 0
-    while done < len(order):
-        batch = order[done : done + batch_size]
-        if alike:
-            batch = [index for index in batch if lengths[index][0] == lengths[batch[0]][0]]
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
         memory = store.load([questions[index][0] for index in batch])
         texts = run.layout.answer(run.model, memory, [questions[index][1] for index in batch])
         for index, text in zip(batch, texts, strict=True):
             answers[index] = text
-        done += len(batch)
         if progress is not None:
-            progress(done, len(order))
+            progress(start + len(batch), len(order))
     return answers
 
 

@@ -95,15 +95,11 @@ class BoundLayout(Wording):
             LayoutError: Also where a sliding window would count the padding between a row's keys and its prompt.
         """
         prompts = self._prompts(memory, questions)
-        lengths = {len(prompt.after) for prompt in prompts}
-        if memory.form == "kv" and len(lengths) > 1:
-            windows = [layer.sliding_window for layer in DynamicCache(config=model.config).layers if layer.is_sliding]
-            needed = memory.slots + max(lengths) + self.max_new_tokens
-            if windows and min(windows) < needed:
-                raise LayoutError(
-                    f"form kv: this batch takes {needed} places and the model's attention slides over {min(windows)}, "
-                    "which would count the padding before shorter prompts; answer prompts of one length together"
-                )
+        if len(self._alike(model, memory, prompts)) > 1:
+            raise LayoutError(
+                "form kv: this batch takes more places than the model's attention slides over, which would count the "
+                "padding before shorter prompts; answer prompts of one length together (answer and generate do)"
+            )
         embeds, attention_mask, position_ids = self._sequences(model, memory, [p.after for p in prompts], "left")
         return GenerationBatch(
             embeds,
@@ -115,7 +111,6 @@ class BoundLayout(Wording):
             self.max_new_tokens,
         )
 
-    @torch.no_grad()
     def answer(
         self, model: Any, memory: SoftTokens, questions: Sequence[str] | None, **generate_kwargs: Any
     ) -> list[str]:
@@ -124,13 +119,43 @@ class BoundLayout(Wording):
         Args:
             model: A Hugging Face causal LM.
             memory: B rows.
-            questions: B questions; None for a layout without.
+            questions: B questions of any lengths; None for a layout without.
             generate_kwargs: Passed on to transformers' ``generate``, over what the layout and greedy decoding say.
         """
-        batch = self.generation(model, memory, questions)
-        with evaluating(model):
-            ids = model.generate(**batch.inputs() | _GREEDY | generate_kwargs)
-        return [self.decode(row) for row in ids.tolist()]
+        return [self.decode(ids) for ids in self.generate(model, memory, questions, **generate_kwargs)]
+
+    @torch.no_grad()
+    def generate(
+        self, model: Any, memory: SoftTokens, questions: Sequence[str] | None, **generate_kwargs: Any
+    ) -> list[list[int]]:
+        """The ids of the answers, each up to its first stop id, that included; arguments as for :meth:`answer`."""
+        said: dict[int, list[int]] = {}
+        for rows in self.together(model, memory, questions):
+            whole = len(rows) == memory.rows
+            part = memory if whole else memory.select(rows)
+            asked = questions if whole or questions is None else [questions[row] for row in rows]
+            batch = self.generation(model, part, asked)
+            with evaluating(model):
+                ids = model.generate(**batch.inputs() | _GREEDY | generate_kwargs)
+            said |= zip(rows, map(self._ended, ids.tolist()), strict=True)
+        return [said[row] for row in range(memory.rows)]
+
+    def together(self, model: Any, memory: SoftTokens, questions: Sequence[str] | None) -> list[list[int]]:
+        """The rows that :meth:`generation` takes in one batch: all of them, but where a sliding window would count the
+        padding between a row's keys and its prompt, those whose prompts are equally long."""
+        return self._alike(model, memory, self._prompts(memory, questions))
+
+    def _alike(self, model: Any, memory: SoftTokens, prompts: Sequence[Prompt]) -> list[list[int]]:
+        lengths = [len(prompt.after) for prompt in prompts]
+        if memory.form == "kv" and len(set(lengths)) > 1:
+            windows = [layer.sliding_window for layer in DynamicCache(config=model.config).layers if layer.is_sliding]
+            if windows and min(windows) < memory.slots + max(lengths) + self.max_new_tokens:
+                return [[row for row, one in enumerate(lengths) if one == length] for length in sorted(set(lengths))]
+        return [[*range(len(lengths))]]
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        end = next((place for place, index in enumerate(ids) if index in self.stop_ids), len(ids))
+        return ids[: end + 1]
 
     def _prompts(self, memory: SoftTokens, questions: Sequence[str] | None) -> list[Prompt]:
         """Each row's prompt, when the memory goes with them."""

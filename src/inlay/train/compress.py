@@ -200,7 +200,8 @@ def load_compress_run(directory: Path, *, device: str | torch.device | None = No
     if (directory / DECODER_ADAPTER).is_dir():
         model = PeftModel.from_pretrained(base, str(directory / DECODER_ADAPTER))
     compressor = load_compressor(directory / COMPRESSOR, model)
-    return CompressRun(directory, recipe, model.eval(), compressor.eval(), recipe.layout.bind(tokenizer), tokenizer)
+    layout = compressor.layout = recipe.layout.bind(tokenizer)
+    return CompressRun(directory, recipe, model.eval(), compressor.eval(), layout, tokenizer)
 
 
 def _decoder(

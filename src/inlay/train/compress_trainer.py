@@ -80,7 +80,7 @@ class CompressionTask(nn.Module):
         self.recipe = recipe
         self.decoder = decoder
         self.compressor = compressor
-        self.layout = layout
+        self.layout = compressor.layout = layout
         names = [name for name in CUED if name in used]
         self.cues = Cues(names, compressor.lm.width, compressor.embedding_rms).to(compressor.lm.device)
 

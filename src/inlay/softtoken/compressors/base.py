@@ -30,6 +30,7 @@ from inlay.softtoken.compressors.language_model import LanguageModel
 from inlay.softtoken.compressors.passages import Passage, Written, unused_zeroed, write_all
 from inlay.softtoken.compressors.segments import Segment, divide_by_ratio, divide_by_slots
 from inlay.softtoken.compressors.storage import save
+from inlay.softtoken.prompting import BoundLayout
 from inlay.softtoken.tokens import SoftTokens, packing_order
 
 C = TypeVar("C", bound=BaseCompressorConfig)
@@ -44,6 +45,7 @@ class Compressor(nn.Module, Generic[C]):
         adapter: The LoRA adapter that it reads with; None for kinds without one.
         embedding_rms: RMS of the decoder's embeddings, measured when it was built.
         calibration: What brings slots to that scale.
+        layout: What stands around the slots where it answers; a loaded run sets it. None: :meth:`answer` is given one.
     """
 
     learns: ClassVar[bool] = True
@@ -54,6 +56,7 @@ class Compressor(nn.Module, Generic[C]):
         self.config = config
         self.lm = LanguageModel(model)
         self.adapter: Adapter | None = None
+        self.layout: BoundLayout | None = None
         self.embedding_rms = embedding_rms(self.lm.embedding)
         self.calibration = Calibration(self.embedding_rms, learned=self.learns)
 
@@ -117,6 +120,37 @@ class Compressor(nn.Module, Generic[C]):
         places = torch.arange(memory.slots, device=mask.device).expand(memory.rows, -1)
         _, kv = self.lm.read_keys_values(memory.embeddings, memory.mask, places, adapter=self.adapter)
         return unused_zeroed(kv, memory.mask)
+
+    def answer(
+        self,
+        questions: Sequence[str] | None,
+        memories: SoftTokens | Sequence[SoftTokens],
+        layout: BoundLayout | None = None,
+        **generate_kwargs: Any,
+    ) -> list[str]:
+        """The decoder's answers from soft tokens: one batch, in eval mode and by greedy decoding.
+
+        Args:
+            questions: B questions of any lengths; None for a layout without.
+            memories: B rows with any numbers of slots, as one memory or as several whose rows stand one below the
+                other. A single row is what all questions are about.
+            layout: What stands around the slots; the compressor's own when not given.
+            generate_kwargs: Passed on to transformers' ``generate``.
+
+        Raises:
+            CompressorError: There is no layout.
+            SoftTokenError: Memories of different forms or decoders, or none.
+            LayoutError: Memories and questions disagree in number, or do not go with the layout.
+        """
+        layout = layout or self.layout
+        if layout is None:
+            raise CompressorError(
+                "nothing says what stands around these memories; give answer a layout=PromptLayout(...).bind(tokenizer)"
+            )
+        memory = memories if isinstance(memories, SoftTokens) else SoftTokens.cat(memories)
+        if questions is not None and memory.rows == 1:
+            memory = memory.select([0] * len(questions))
+        return layout.answer(self.lm.model, memory, questions, **generate_kwargs)
 
     def plan(self, tokens: int, *, ratio: int | None = None, slots: int | None = None) -> tuple[Segment, ...]:
         """How a context of ``tokens`` would be divided; the sum of its segments' ``slots`` is what it costs.

@@ -82,6 +82,16 @@ def test_a_run_is_gone_on_with_or_refused_as_any_other(runs: Path) -> None:
     assert load_compress_run(runs / "again").recipe.trainer["max_steps"] == 3
 
 
+def test_questions_about_one_context_are_evaluated_without_a_judgement_on_collapse(runs: Path) -> None:
+    change = ("data.eval_examples=2", "evaluate.examples=2", "trainer.max_steps=1")
+    inlay("train", runs / "recipe.yaml", "name=one", *change, "--runs", runs)
+    said = " ".join(inlay("evaluate", runs / "one").split())
+    assert "Not measured: all questions are about one context" in said
+    content = json.loads((runs / "one" / "evaluation.json").read_text())
+    assert content["collapse"] == []
+    assert content["questions"] == 2
+
+
 def test_a_run_is_evaluated_beside_its_baselines_and_reported(runs: Path) -> None:
     said = inlay("evaluate", runs / "tiny")
     for expected in ("full text", "soft tokens", "Collapse at 4×"):

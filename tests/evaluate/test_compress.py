@@ -23,7 +23,7 @@ from inlay.evaluate import CompressEvaluation, EvaluationError, MethodScores, ev
 from inlay.evaluate.compress_measuring import answer_losses
 from inlay.evaluate.compress_methods import Budget, Ids, circle, cut_to
 from inlay.evaluate.squad import squad_scores
-from inlay.report import Report, render_report
+from inlay.report import Report, Table, render_report
 from inlay.report.console import print_section
 from inlay.softtoken.compressors import (
     Compressor,
@@ -188,6 +188,22 @@ def test_saying_that_there_is_no_answer_is_right_where_there_is_none() -> None:
     assert full.unanswerable is not None
     assert full.unanswerable.exact_match.mean == 1
     assert full.exact_match == 1
+
+
+def test_questions_with_and_without_an_answer_are_told_apart_in_the_table() -> None:
+    # Who calls every question unanswerable is right on all of these: overall half of them, and no answer is right.
+    references, contexts = [("yes",)] * 6 + [()] * 6, range(12)
+    silent = squad_scores([""] * 12, references, contexts=contexts)
+    one = replace(hand_made("soft tokens", "4×", [False] * 12, 12), scores=silent)
+    table = next(
+        item for item in CompressEvaluation(12, 12, 16.0, 8, (one,)).sections()[0].items if isinstance(item, Table)
+    )
+    shown = dict(zip(table.columns, table.rows[0], strict=True))
+    scores = [str(shown[name]).split()[0] for name in ("exact match", "F1", "F1 answerable", "F1 unanswerable")]
+    assert scores == ["50.0", "50.0", "0.0", "100.0"]
+    answered = hand_made_evaluation(0.5).sections()[0].items
+    table = next(item for item in answered if isinstance(item, Table))
+    assert table.columns == ["", "exact match", "F1", "first token", "nats", "bits"]
 
 
 # What it costs

@@ -92,7 +92,7 @@ def examine_evaluation(case: CompressCase, baselines: Baselines | None = None, s
         score: F1 as the evaluation computes it.
     """
     count = min(case.recipe.evaluate.examples, len(case.eval))
-    asked = case.eval[:count]
+    asked = [case.eval[index] for index in choose(len(case.eval), count)]
     contexts = len({example.context for example in asked})
     gap = baselines.gap if baselines is not None else None
     claim = CLAIM if gap is None else min(CLAIM, max(_LEAST_CLAIM, gap / 2))

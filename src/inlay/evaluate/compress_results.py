@@ -13,12 +13,12 @@ import rich.table
 from inlay.evaluate.compress_methods import CUTS, FULL_TEXT, MEAN_POOLED, NO_CONTEXT, SOFT_TOKENS
 from inlay.evaluate.compress_scores import MethodScores
 from inlay.evaluate.intervals import Interval
-from inlay.evaluate.squad import ScoreIntervals
+from inlay.evaluate.squad import ScoreIntervals, SquadScores
 from inlay.report import Plot, Section, Series, Table, Text, line_plot
 from inlay.report.console import rich_table
 from inlay.report.document import Align, Item, Verdict
 from inlay.report.jsonfile import plain, write_json
-from inlay.report.numbers import MINUS, Cell, short
+from inlay.report.numbers import MINUS, MISSING, Cell, short
 
 _EXPLAINED = (
     "Every method makes slots of the same contexts; question, layout and greedy decoding are the same for all, and "
@@ -173,11 +173,13 @@ class CompressEvaluation:
         )
 
     def _answers(self) -> Table:
+        split = self._unanswerable
         rows: list[list[Cell]] = [
             [
                 method.label,
                 _share(method.scores.overall.exact_match),
                 _share(method.scores.overall.f1),
+                *(_share(one.f1) if one else MISSING for one in split(method.scores)),
                 f"{100 * method.first_token.mean:.1f}",
                 f"{method.nll.mean:.3f}",
                 f"{method.nll.mean / math.log(2):.3f}",
@@ -189,9 +191,17 @@ class CompressEvaluation:
             "intervals from the spread between contexts; loss in nats and bits per token, of the first reference and "
             "its end."
         )
-        columns = ["", "exact match", "F1", "first token", "nats", "bits"]
-        align: list[Align] = ["left", *("right",) * 5]
+        asked = ["F1 answerable", "F1 unanswerable"] if split(self.methods[0].scores) else []
+        if asked:
+            caption += " An unanswerable question is answered right by saying so."
+        columns = ["", "exact match", "F1", *asked, "first token", "nats", "bits"]
+        align: list[Align] = ["left", *("right",) * 5, *("right" for _ in asked)]
         return Table(columns, rows, caption, align, verdicts=[self._verdict(method) for method in self.methods])
+
+    @staticmethod
+    def _unanswerable(scores: SquadScores) -> tuple[ScoreIntervals | None, ...]:
+        """The questions with an answer and those without; nothing where all have one."""
+        return () if scores.unanswerable is None else (scores.answerable, scores.unanswerable)
 
     def _cost(self) -> Table:
         rows: list[list[Cell]] = [

@@ -15,7 +15,7 @@ from inlay.evaluate.compress import evaluate_compression
 from inlay.evaluate.compress_methods import budgets_of
 from inlay.evaluate.compress_results import CompressEvaluation
 from inlay.evaluate.scoring import Progress
-from inlay.report import Section
+from inlay.report import Section, Text
 from inlay.report.jsonfile import write_json
 from inlay.softtoken.compressors import Compressor
 from inlay.softtoken.prompting import BoundLayout
@@ -24,13 +24,20 @@ Shown: TypeAlias = Callable[[str], AbstractContextManager[Progress | None]]
 """Opens what shows the progress of a part, given its name."""
 
 
+_NOT_MEASURED = Section(
+    "Collapse",
+    items=[Text("Not measured: all questions are about one context, which has no other to be told from.", tone="note")],
+)
+
+
 @dataclass(frozen=True)
 class CompressSuite:
     """A compressor beside its baselines, and whether its slots say anything.
 
     Attributes:
         evaluation: Answers and costs.
-        collapses: One for each budget.
+        collapses: One for each budget; none where all questions are about one context, which has no other to be
+            told from.
     """
 
     evaluation: CompressEvaluation
@@ -43,7 +50,8 @@ class CompressSuite:
 
     def sections(self) -> list[Section]:
         """For the terminal and the report."""
-        return [*self.evaluation.sections(), *(collapse.section() for collapse in self.collapses)]
+        collapses = [collapse.section() for collapse in self.collapses]
+        return [*self.evaluation.sections(), *(collapses or [_NOT_MEASURED])]
 
     def to_json(self) -> dict[str, Any]:
         """Everything in plain JSON types."""
@@ -80,6 +88,8 @@ def measure_compression(
         evaluation = evaluate_compression(
             model, compressor, layout, examples, ratios=ratios, progress=progress, **settings
         )
+    if evaluation.contexts < 2:
+        return CompressSuite(evaluation, ())
     with shown("looking for collapse") as progress:
         collapses = [
             examine_collapse(model, compressor, layout, examples, ratio=budget.ratio, progress=progress, **settings)

@@ -173,7 +173,7 @@ class CompressEvaluateSection(Section):
     """What ``inlay compress evaluate`` measures."""
 
     examples: int = Field(default=256, ge=1)
-    """Questions, the first of the evaluation data."""
+    """Questions, evenly spaced over the evaluation data, so that they are about as many contexts as can be."""
 
     ratios: tuple[int, ...] | None = None
     """Ratios that the compressor and its baselines are measured at; all of the compressor's when not given."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from inlay.data import load_qa
 from inlay.evaluate.compress_suite import CompressSuite, Shown, measure_compression
+from inlay.evaluate.scoring import choose
 from inlay.report import Code, Figure, Headline, Report, Section, training_curves, write_report
 from inlay.report.provenance import provenance
 from inlay.train.compress import load_compress_run
@@ -50,12 +51,12 @@ def measure_compress_run(directory: Path, *, shown: Shown, device: str | None = 
         RunError: There is no finished run.
     """
     run = load_compress_run(directory, device=device)
-    recipe, asked = run.recipe, run.recipe.evaluate
+    recipe, asked, held_out = run.recipe, run.recipe.evaluate, load_qa(run.recipe.data).eval
     return measure_compression(
         run.model,
         run.compressor,
         run.layout,
-        load_qa(recipe.data).eval[: asked.examples],
+        [held_out[index] for index in choose(len(held_out), asked.examples)],
         shown=shown,
         ratios=asked.ratios,
         context_tokens=recipe.context_tokens,

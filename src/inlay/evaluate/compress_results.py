@@ -195,7 +195,8 @@ class CompressEvaluation:
         if asked:
             caption += " An unanswerable question is answered right by saying so."
         columns = ["", "exact match", "F1", *asked, "first token", "nats", "bits"]
-        align: list[Align] = ["left", *("right",) * 5, *("right" for _ in asked)]
+        right: Align = "right"
+        align: list[Align] = ["left", *[right] * (5 + len(asked))]
         return Table(columns, rows, caption, align, verdicts=[self._verdict(method) for method in self.methods])
 
     @staticmethod

@@ -46,11 +46,11 @@ from inlay.train.moshi_trainer import FINETUNED
 from inlay.train.report import training_curve
 
 TASK = "moshi_demo"
-SIZES = ToySizes(num_layers=2, num_heads=2, depformer_dim=16, depformer_layers=1)
+SIZES = ToySizes(num_layers=2, num_heads=2, depformer_dim=16, depformer_layers=1, mimi_filters=2)
 REACH = SIZES.num_layers * SIZES.context
 """Frames that attention reaches back, through all layers."""
 
-TRAIN = SpeechConfig(conversations=96, duration=60.0, return_after=8.0, style="quiz")
+TRAIN = SpeechConfig(conversations=160, duration=60.0, return_after=8.0, style="quiz")
 HELD_OUT = replace(TRAIN, conversations=12, seed=1)
 
 
@@ -107,6 +107,7 @@ def run_moshi_demo(directory: Path, console: Console) -> Path:
     evaluation.write(directory / "evaluation.json")
     for section in evaluation.sections():
         print_section(console, section)
+    torch.set_num_threads(1)  # of so small a model a frame is quickest on one core
     streamed = _stream(paths, console)
     path = _report(paths, evaluation, streamed, time.monotonic() - began)
     console.print(f"streamed: {directory / 'answer.wav'}", soft_wrap=True)

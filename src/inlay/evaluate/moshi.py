@@ -323,4 +323,4 @@ def _less(evaluation: MoshiEvaluation, name: str, stream: str, part: str) -> str
     if not np.isfinite(gain.mean) or not base.bits:
         return MISSING
     spread = f" ± {100 * gain.half / base.bits:.1f}" if np.isfinite(gain.half) else ""
-    return f"{100 * gain.mean / base.bits:.1f}{spread} %"
+    return f"{100 * gain.mean / base.bits:.1f}{spread} %".replace("-", "\N{MINUS SIGN}")

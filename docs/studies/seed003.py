@@ -28,9 +28,11 @@ from typing import Any
 
 from rich.console import Console
 from seed003_faults import Faults
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import inlay
+from inlay.compress_demo import FULL_TEXT_ANSWERS
 from inlay.data import DataError, QAExample, load_qa
 from inlay.evaluate.compress_methods import Budget, context_ids, cut_methods, text_methods
 from inlay.evaluate.squad import SquadScores, squad_scores
@@ -40,6 +42,7 @@ from inlay.report import Table
 from inlay.report.console import rich_table
 from inlay.report.jsonfile import plain, write_json
 from inlay.softtoken.prompting import evaluating
+from inlay.train.base_lm import full_text_exact_match
 from inlay.train.compress import CompressRun, load_compress_run, train_compressor
 from inlay.train.compress_recipe import CompressRecipe, load_compress_recipe, parse_compress_recipe
 from inlay.train.directory import DONE, RECIPE
@@ -265,6 +268,24 @@ def bounds(run: CompressRun, examples: Sequence[QAExample], ratio: int) -> list[
     return found
 
 
+def require_full_text(base: CompressRecipe, decoder: str, examples: Sequence[QAExample]) -> None:
+    """Make sure that a decoder which was trained for this answers from the full text: else no arm says anything.
+
+    Raises:
+        InlayError: It does not.
+    """
+    if base.base is None:
+        return
+    model = AutoModelForCausalLM.from_pretrained(decoder, dtype=base.decoder.dtype).eval()
+    layout = base.layout.bind(AutoTokenizer.from_pretrained(decoder))
+    found = full_text_exact_match(model, layout, list(examples))
+    if found < FULL_TEXT_ANSWERS:
+        raise InlayError(
+            f"the decoder in {decoder} answers {100 * found:.1f} % from full text, and arms are compared from "
+            f"{100 * FULL_TEXT_ANSWERS:.0f} % on; give base.stages more max_steps and delete it"
+        )
+
+
 def table(results: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Exact match and F1 of each arm, with what it answers to the first question."""
     rows = []
@@ -315,6 +336,7 @@ def study(
     directory.mkdir(parents=True, exist_ok=True)
     decoder = keep_decoder(base, directory / "decoder", console)
     examples = load_qa(base.data).eval[: questions or base.evaluate.examples]
+    require_full_text(base, decoder, examples)
     results: dict[str, dict[str, Any]] = {}
     for number, arm in enumerate(todo, 1):
         console.print(f"[bold]{number} of {len(todo)}: {arm.name}[/]", highlight=False)

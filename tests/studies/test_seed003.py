@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from inlay.data import FactsConfig, facts_tokenizer
+from inlay.fastweight import InlayError
 from inlay.softtoken.compressors import CrossAttentionConfig, build_compressor
 from inlay.softtoken.layout import PromptLayout
 from inlay.softtoken.objectives import ObjectiveInputs
@@ -90,6 +91,17 @@ def test_every_arm_runs_and_is_not_run_again(base: CompressRecipe, tmp_path: Pat
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "ablation.json"}
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(name in said for name in arms)
+
+
+def test_nothing_is_compared_before_the_decoder_answers_from_full_text(base: CompressRecipe, tmp_path: Path) -> None:
+    raw = base.model_dump(mode="json", exclude_defaults=True)
+    stages = {"stages": [{"facts": 2, "max_steps": 1}], "batch_size": 4, "eval_examples": 4}
+    config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "max_position_embeddings": 128}
+    untaught = parse_compress_recipe(raw | {"decoder": {"config": config}, "base": stages})
+    with pytest.raises(InlayError, match=r"answers 0\.0 % from full text, and arms are compared from 95 % on"):
+        study.study(untaught, tmp_path, Console(file=StringIO()), steps=2)
+    assert not (tmp_path / "seed-003").exists()
 
 
 def test_what_a_recipe_does_not_do_has_no_arm(base: CompressRecipe) -> None:

@@ -6,11 +6,14 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 
+from inlay.train import base_lm
 from inlay.train.base_lm import base_outcome, build_base_lm
 from inlay.train.compress_recipe import CompressRecipe, load_compress_recipe
+from inlay.train.muon import MuonAdamW
 
 OVERRIDES = [
     "decoder.config.hidden_size=32",
@@ -60,3 +63,24 @@ def test_a_decoder_that_cannot_answer_is_said_to_be_one(tmp_path: Path) -> None:
     assert "exactly" in said
     assert "base.exact_match is 98 %" in said
     assert not base_outcome(recipe(), cache_dir=tmp_path).reached  # type: ignore[union-attr]
+
+
+def test_a_stage_ends_where_it_answers_and_the_rate_falls_over_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = []
+    step = MuonAdamW.step
+    monkeypatch.setattr(base_lm, "full_text_exact_match", lambda *arguments: 0.5)
+    monkeypatch.setattr(base_lm, "_WARMUP", 1)
+    monkeypatch.setattr(
+        MuonAdamW, "step", lambda self, *given: (rates.append(self.param_groups[-1]["lr"]), step(self, *given))[1]
+    )
+    stages = "[{facts: 1, exact_match: 0.4, max_steps: 9}, {facts: 2, max_steps: 4}]"
+    built(tmp_path, "base.eval_steps=2", f"base.stages={stages}", "base.muon=0.01", "base.learning_rate=1.0")
+    assert rates == pytest.approx([1, 1, 1, 0.75, 0.5, 0.25])
+    outcome = base_outcome(
+        recipe("base.eval_steps=2", f"base.stages={stages}", "base.muon=0.01", "base.learning_rate=1.0"),
+        cache_dir=tmp_path,
+    )
+    assert outcome is not None
+    assert outcome.looks == ((2, 1, 0.5), (4, 2, 0.5), (6, 2, 0.5))

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 OUTCOME = "base.json"
-_FORMAT = 1  # of rows, schedule and optimizer: a change here makes another model of the same recipe
+_FORMAT = 2  # of rows, schedule and optimizer: a change here makes another model of the same recipe
 _WARMUP = 100
 _LAST_RATE = 0.05
 _REVIEWED = 0.25
@@ -141,15 +141,15 @@ def train_base_lm(
     contexts = max(1, base.batch_size // data.questions)
     began, steps, found = time.monotonic(), 0, 0.0
     looks: list[tuple[int, int, float]] = []
-    budget = sum(stage.max_steps for stage in base.stages)
+    wanted = [base.exact_match if stage.exact_match is None else stage.exact_match for stage in base.stages]
     rng = random.Random(recipe.seed)
     with _progress(console) as progress:
         for number, stage in enumerate(base.stages):
             held_out = _held_out(stage.data(data), base.eval_examples)
-            before = sum(stage.max_steps for stage in base.stages[:number])
+            last = number + 1 == len(base.stages)
             bar = progress.add_task(f"decoder, {stage.data(data).facts} facts", total=stage.max_steps, note="")
             for step in range(stage.max_steps):
-                rate = _rate(steps, (before + step) / budget)
+                rate = _rate(steps, step / stage.max_steps if last else 0.0)
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * rate
                 met = rng.randrange(number) if number and rng.random() < _REVIEWED else number
@@ -167,7 +167,7 @@ def train_base_lm(
                 if (step + 1) % base.eval_steps == 0 or step + 1 == stage.max_steps:
                     found = full_text_exact_match(model, layout, held_out)
                     looks.append((steps, stage.data(data).facts, found))
-                    if found >= base.exact_match:
+                    if found >= wanted[number]:
                         break
             progress.update(bar, completed=step + 1, total=step + 1, note=f"exact match {100 * found:.1f} %")
     outcome = BaseOutcome(found, base.exact_match, steps, time.monotonic() - began, tuple(looks))
@@ -227,8 +227,8 @@ def _optimizer(base: BaseSection, model: PreTrainedModel) -> torch.optim.Optimiz
 
 
 def _rate(steps: int, spent: float) -> float:
-    """The share of the peak learning rate: a warm-up, then constant, and falling in the second half of the budget."""
-    return min(1.0, (steps + 1) / _WARMUP, max(_LAST_RATE, 2 * (1 - spent)))
+    """The share of the peak learning rate: a warm-up, then constant, and falling as the last stage's steps are spent."""
+    return min(1.0, (steps + 1) / _WARMUP, max(_LAST_RATE, 1 - spent))
 
 
 def _held_out(facts: FactsConfig, count: int) -> list[QAExample]:

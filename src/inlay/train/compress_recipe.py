@@ -38,6 +38,10 @@ class BaseStage(Section):
     max_steps: int = Field(ge=1)
     """Most optimizer steps."""
 
+    exact_match: float | None = Field(default=None, gt=0, le=1)
+    """The stage ends when its held-out contexts are answered so well; the section's when not given. How long a model
+    guesses among the facts of a context before it finds the one that is asked for differs much from seed to seed."""
+
     def data(self, config: FactsConfig) -> FactsConfig:
         """The run's data at this stage."""
         return config if self.facts is None else config.with_facts(self.facts)

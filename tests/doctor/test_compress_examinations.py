@@ -154,11 +154,16 @@ def test_how_many_questions_a_difference_takes() -> None:
 
 
 def test_a_decoder_that_does_not_read_cannot_judge() -> None:
-    held_out = reading.examples(64, seed=2)
-    found = examine_baselines(cases.case(held_out, held_out, model=llama(len(words()))), seconds=0.0)
+    held_out = reading.examples(256, seed=2)
+    case = cases.case(held_out, held_out, model=llama(len(words())))
+    found = examine_baselines(case, seconds=0.0)
     fault = codes(found.findings())["baselines.decoder_does_not_read"]
     assert fault.severity is Severity.FATAL
     assert "decoder.name_or_path" in fault.fix
+    # Nothing beside it: what it loses by a cut says nothing, and no claim is made of it.
+    assert found.gap is None
+    assert [check.title for check in found.checks] == ["the decoder reads its answers from the context"]
+    assert examine_evaluation(case, found).needed == 193
 
 
 def test_text_that_loses_nothing_when_cut_leaves_nothing_to_gain() -> None:

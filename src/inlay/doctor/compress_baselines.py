@@ -55,7 +55,8 @@ class Baselines:
     Attributes:
         questions: Questions asked, evenly spaced over the evaluation data.
         methods: Every method's scores.
-        gap: Exact match of full text minus that of the best cut; None without both.
+        gap: Exact match of full text minus that of the best cut; None without both, and where the decoder does not
+            read, since it then says nothing.
         notes: What was not measured, and why.
         checks: What should hold.
     """
@@ -125,13 +126,17 @@ def examine_baselines(case: CompressCase, *, seconds: float = SECONDS, progress:
     )
     full = evaluation.find(FULL_TEXT)
     cut = max((one.scores.exact_match for one in evaluation.methods if one.name in CUTS), default=None)
-    gap = None if full is None or cut is None else full.scores.exact_match - cut
+    checks = _checks(case, evaluation)
+    reads = all(check.fault is None for check in checks[:1])
+    gap = None if full is None or cut is None or not reads else full.scores.exact_match - cut
+    if gap is not None and full is not None and evaluation.questions >= LEAST:
+        checks.append(_loses(full.scores.overall.exact_match.mean, gap))
     return Baselines(
         questions=evaluation.questions,
         methods=methods,
         gap=gap,
         notes=evaluation.notes,
-        checks=tuple(_checks(case, evaluation, gap)),
+        checks=tuple(checks),
     )
 
 
@@ -151,7 +156,8 @@ def _evaluate(case: CompressCase, count: int, progress: Steps | None) -> Compres
     )
 
 
-def _checks(case: CompressCase, evaluation: CompressEvaluation, gap: float | None) -> list[Check]:
+def _checks(case: CompressCase, evaluation: CompressEvaluation) -> list[Check]:
+    """That the decoder reads, first, and that it reads as well as it should."""
     full, none = evaluation.find(FULL_TEXT), evaluation.find(NO_CONTEXT)
     if full is None or none is None or evaluation.questions < LEAST:
         return []
@@ -167,18 +173,20 @@ def _checks(case: CompressCase, evaluation: CompressEvaluation, gap: float | Non
             fix = "more max_steps in the last of base.stages, or fewer data.facts"
             fault = Finding("baselines.decoder_short", Severity.WARNING, says, fix)
         checks.append(Check(title, f"{figures}; wanted {percent(wanted)}", fault))
-    if gap is not None:
-        title = "cut text loses answers that full text has"
-        fault = None
-        if gap < _NOTHING and checks[0].fault is None:
-            says = (
-                f"text cut to as many tokens answers as well as the full text (exact match {percent(reached.mean)} "
-                f"against {percent(max(0.0, reached.mean - gap))}): there is nothing for a compressor to gain"
-            )
-            fix = "larger compressor.ratios, or data whose answers stand anywhere in their contexts"
-            fault = Finding("baselines.nothing_to_gain", Severity.WARNING, says, fix)
-        checks.append(Check(title, f"full text has {100 * gap:.0f} points more than the best cut", fault))
     return checks
+
+
+def _loses(full: float, gap: float) -> Check:
+    title = "cut text loses answers that full text has"
+    fault = None
+    if gap < _NOTHING:
+        says = (
+            f"text cut to as many tokens answers as well as the full text (exact match {percent(full)} against "
+            f"{percent(max(0.0, full - gap))}): there is nothing for a compressor to gain"
+        )
+        fix = "larger compressor.ratios, or data whose answers stand anywhere in their contexts"
+        fault = Finding("baselines.nothing_to_gain", Severity.WARNING, says, fix)
+    return Check(title, f"full text has {100 * gap:.0f} points more than the best cut", fault)
 
 
 def _reads(case: CompressCase, evaluation: CompressEvaluation) -> Check:
@@ -196,7 +204,11 @@ def _reads(case: CompressCase, evaluation: CompressEvaluation) -> Check:
     says = (
         f"{figures}: the decoder does not answer from what it reads, so nothing that is compressed can be judged by it"
     )
-    fix = "decoder.name_or_path: one that answers from full text; or base.stages with more max_steps"
+    fix = (
+        "decoder.name_or_path: one that answers from full text in this layout (of an instruct model, layout.chat: true)"
+    )
+    if case.recipe.base is not None:
+        fix = "base.stages with more max_steps, or fewer data.facts"
     severity = Severity.WARNING if case.recipe.decoder_lora is not None else Severity.FATAL
     return Check(title, figures, Finding("baselines.decoder_does_not_read", severity, says, fix))
 

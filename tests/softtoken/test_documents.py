@@ -328,3 +328,4 @@ def test_files_and_lines_that_cannot_be_used_are_all_listed(tmp_path: Path) -> N
         "c.jsonl: is empty",
     ]:
         assert said in str(caught.value)
+    assert "on_error" not in str(caught.value)  # the command has no such option

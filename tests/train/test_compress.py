@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from inlay.data import FactsConfig, FactsDataset, QAExample, facts_tokenizer, load_qa
+from inlay.data import DataError, FactsConfig, FactsDataset, QAExample, facts_tokenizer, load_qa
 from inlay.softtoken.errors import LayoutError
 from inlay.train.compress import (
     CompressionTask,
@@ -426,6 +426,12 @@ def test_every_kind_and_form_trains_on_every_objective(tmp_path: Path, decoder: 
     outcome = train_compressor(recipe(decoder, few, objectives=weights, **sections), tmp_path / "run")
     assert outcome["train_loss"] > 0
     assert load_compress_run(tmp_path / "run").compressor.config.kind == sections["compressor"]["kind"]
+
+
+def test_a_decoder_that_cannot_be_loaded_is_named_with_what_it_may_be(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot load the decoder .*nowhere(.|\n)*decoder\.name_or_path is a folder"):
+        train_compressor(recipe(tmp_path / "nowhere"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_recipe_cannot_be_resumed_and_more_steps_can(tmp_path: Path, decoder: Path) -> None:

@@ -19,12 +19,19 @@ class Problems:
     Args:
         on_error: "raise" collects problems and raises them together; "skip" logs each as a warning.
         limit: with "raise", how many are collected before `DataError` is raised without reading on.
+        remedy: what the error says can be done about all of them at once.
 
     `skipped` counts what was left out so far (with "skip").
     """
 
-    def __init__(self, on_error: OnError = "raise", limit: int = 20) -> None:
+    def __init__(
+        self,
+        on_error: OnError = "raise",
+        limit: int = 20,
+        remedy: str = "on_error: skip leaves such documents out",
+    ) -> None:
         self.on_error = on_error
+        self.remedy = remedy
         self.limit = limit
         self.skipped = 0
         self.found: list[str] = []
@@ -47,7 +54,4 @@ class Problems:
     def _raise(self, which: str) -> None:
         count = len(self.found)
         lines = "\n  ".join(self.found)
-        raise DataError(
-            f"{which}{count} problem{'s' if count > 1 else ''} in the data "
-            f"(on_error: skip leaves such documents out):\n  {lines}"
-        )
+        raise DataError(f"{which}{count} problem{'s' if count > 1 else ''} in the data ({self.remedy}):\n  {lines}")

@@ -17,7 +17,7 @@ def read_documents(paths: Paths, *, text_field: str = "text", id_field: str = "i
     Raises:
         DataError: Nothing is found, or files or lines cannot be used; they are listed.
     """
-    problems = Problems()
+    problems = Problems(remedy="mend them, or take them out")
     documents: list[Document] = []
     for path, name in find_files(paths):
         if name.endswith(JSONL):

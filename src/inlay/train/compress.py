@@ -225,7 +225,7 @@ def load_decoder(
         directory: Of the run; None where there is none yet.
 
     Raises:
-        DataError: The tokenizer cannot be loaded.
+        DataError: Decoder or tokenizer cannot be loaded.
     """
     section = recipe.decoder
     options = {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
@@ -233,10 +233,17 @@ def load_decoder(
     kept = None if directory is None else directory / TOKENIZER
     place = own if own is not None and own.is_dir() else section.name_or_path
     name = kept if kept is not None and kept.is_dir() else section.name_or_path
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=section.dtype, **options)
+    # A missing or damaged folder, no network, a gated repository: from_pretrained raises many kinds.
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=section.dtype, **options)
+    except Exception as error:
+        raise DataError(
+            f"cannot load the decoder {place}: {error}\n"
+            "decoder.name_or_path is a folder that save_pretrained wrote, or a hub id"
+        ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # a missing folder, no network, a gated repository: many kinds
+    except Exception as error:
         raise DataError(f"cannot load the tokenizer {name}: {error}") from error
     return model, tokenizer
 

@@ -26,6 +26,7 @@ from inlay.softtoken.compressors import CrossAttentionConfig
 from inlay.softtoken.objectives import Predictions, predictions
 from tests.doctor import compress_cases as cases
 from tests.evaluate import reading
+from tests.softtoken.local import mistral, words
 
 END = 1
 
@@ -170,6 +171,16 @@ def test_what_is_shown_is_what_the_layout_says_it_makes(form: str) -> None:
         expected = [one for one in expected if one[2] is not None]
         assert seen.cached_slots == slots
     assert [(one.position, one.token, one.id) for one in seen.training] == expected
+
+
+def test_prompts_of_several_lengths_are_looked_at_where_a_window_slides_over_keys_and_values() -> None:
+    counted = cases.counting()
+    asked = [type(one)(one.id, one.context, "Who ? " * (1 + row % 3), one.answers) for row, one in enumerate(counted)]
+    layout = {"question": "{question}", "anchor": "Answer :", "bos": False, "bos_after": True, "answer_tokens": 9}
+    compressor = {"kind": "encoder-tokens", "ratios": [2], "form": "kv", "lora": {"r": 2}}
+    case = cases.case(asked, model=mistral(len(words())), layout=layout, compressor=compressor)
+    seen = examine_layout(case)
+    assert (seen.rows, seen.findings()) == (8, [])
 
 
 def test_a_compressor_that_attends_to_padding_is_named() -> None:

@@ -108,3 +108,13 @@ def gpt2(vocabulary: int, seed: int = 0) -> nn.Module:
         bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config).eval()
+
+
+def mistral(vocabulary: int, seed: int = 0) -> nn.Module:
+    """A decoder whose attention sees 6 positions back."""
+    torch.manual_seed(seed)
+    config = transformers.MistralConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, sliding_window=6, initializer_range=0.3,
+    )  # fmt: skip
+    return transformers.MistralForCausalLM(config).eval()

@@ -15,21 +15,11 @@ from inlay.softtoken.errors import LayoutError
 from inlay.softtoken.layout import PromptLayout
 from inlay.softtoken.tokens import SoftTokens, embed_text
 from tests.closeness import assert_close
-from tests.softtoken.local import byte_level, gpt2, llama, words
+from tests.softtoken.local import byte_level, gpt2, llama, mistral, words
 from tests.softtoken.stored import a_run, texts
 
 ANSWER = "10 11 12 13 14 15 16"
 WIDTH = 32
-
-
-def mistral(vocabulary: int, seed: int = 0) -> nn.Module:
-    """A decoder whose attention sees 6 positions back."""
-    torch.manual_seed(seed)
-    config = transformers.MistralConfig(
-        vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, sliding_window=6, initializer_range=0.3,
-    )  # fmt: skip
-    return transformers.MistralForCausalLM(config).eval()
 
 
 DECODERS = pytest.mark.parametrize("decoder", [llama, gpt2, mistral])

@@ -13,7 +13,7 @@ import rich.table
 from inlay.evaluate.compress_methods import CUTS, FULL_TEXT, MEAN_POOLED, NO_CONTEXT, SOFT_TOKENS
 from inlay.evaluate.compress_scores import MethodScores
 from inlay.evaluate.intervals import Interval
-from inlay.evaluate.squad import ScoreIntervals, SquadScores
+from inlay.evaluate.squad import ScoreIntervals
 from inlay.report import Plot, Section, Series, Table, Text, line_plot
 from inlay.report.console import rich_table
 from inlay.report.document import Align, Item, Verdict
@@ -141,14 +141,15 @@ class CompressEvaluation:
 
     def tables(self) -> list[rich.table.Table]:
         """Answers and cost, for the terminal."""
-        return [rich_table(self._answers()), rich_table(self._cost())]
+        return [rich_table(table) for table in (self._answers(), *self._with_and_without(), self._cost())]
 
     def sections(self) -> list[Section]:
         """One section: what it comes to, F1 against ratio, answers and cost."""
         told = "\n".join(f"- {one}" for one in self.summary())
         warned = [Text(one, tone="warning") for one in self.warnings()]
         noted = [Text(one, tone="note") for one in self.notes]
-        items: list[Item] = [Text(told), *warned, self.plot().figure(), self._answers(), self._cost(), *noted]
+        tables = [self._answers(), *self._with_and_without(), self._cost()]
+        items: list[Item] = [Text(told), *warned, self.plot().figure(), *tables, *noted]
         return [Section("Soft tokens and baselines", _EXPLAINED, items)]
 
     def plot(self) -> Plot:
@@ -173,13 +174,11 @@ class CompressEvaluation:
         )
 
     def _answers(self) -> Table:
-        split = self._unanswerable
         rows: list[list[Cell]] = [
             [
                 method.label,
                 _share(method.scores.overall.exact_match),
                 _share(method.scores.overall.f1),
-                *(_share(one.f1) if one else MISSING for one in split(method.scores)),
                 f"{100 * method.first_token.mean:.1f}",
                 f"{method.nll.mean:.3f}",
                 f"{method.nll.mean / math.log(2):.3f}",
@@ -191,18 +190,27 @@ class CompressEvaluation:
             "intervals from the spread between contexts; loss in nats and bits per token, of the first reference and "
             "its end."
         )
-        asked = ["F1 answerable", "F1 unanswerable"] if split(self.methods[0].scores) else []
-        if asked:
-            caption += " An unanswerable question is answered right by saying so."
-        columns = ["", "exact match", "F1", *asked, "first token", "nats", "bits"]
-        right: Align = "right"
-        align: list[Align] = ["left", *[right] * (5 + len(asked))]
+        columns = ["", "exact match", "F1", "first token", "nats", "bits"]
+        align: list[Align] = ["left", *("right",) * 5]
         return Table(columns, rows, caption, align, verdicts=[self._verdict(method) for method in self.methods])
 
-    @staticmethod
-    def _unanswerable(scores: SquadScores) -> tuple[ScoreIntervals | None, ...]:
-        """The questions with an answer and those without; nothing where all have one."""
-        return () if scores.unanswerable is None else (scores.answerable, scores.unanswerable)
+    def _with_and_without(self) -> list[Table]:
+        """The questions with an answer and those without, each by themselves; nothing where all have one.
+
+        A method that always says there is no answer is right on all of the latter.
+        """
+        rows: list[list[Cell]] = []
+        unanswerable = None
+        for method in self.methods:
+            answerable, unanswerable = method.scores.answerable, method.scores.unanswerable
+            if unanswerable is None:
+                return []
+            known = [MISSING] * 2 if answerable is None else [*map(_share, (answerable.exact_match, answerable.f1))]
+            rows.append([method.label, *known, _share(unanswerable.exact_match)])
+        without = unanswerable.questions if unanswerable is not None else 0
+        caption = f"{without:,} of the questions have no answer in their context: it is right to say so."
+        columns = ["", "answerable: exact match", "F1", "unanswerable: right"]
+        return [Table(columns, rows, caption, ["left", "right", "right", "right"])]
 
     def _cost(self) -> Table:
         rows: list[list[Cell]] = [

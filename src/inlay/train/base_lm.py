@@ -227,7 +227,7 @@ def _optimizer(base: BaseSection, model: PreTrainedModel) -> torch.optim.Optimiz
 
 
 def _rate(steps: int, spent: float) -> float:
-    """The share of the peak learning rate: a warm-up, then constant, and falling as the last stage's steps are spent."""
+    """The share of the peak learning rate: a warm-up, then constant, and falling as the last stage is spent."""
     return min(1.0, (steps + 1) / _WARMUP, max(_LAST_RATE, 1 - spent))
 
 

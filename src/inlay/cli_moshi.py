@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from inlay import cli_moshi_run
 
 app = typer.Typer(help="Kyutai's Moshi with a memory: long conversations.", no_args_is_help=True)
-app.command()(cli_moshi_run.run)
+app.command("run")(cli_moshi_run.hear)
 console = Console()
 errors = Console(stderr=True)
 

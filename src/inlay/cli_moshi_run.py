@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from inlay.moshi.duplex import Reply
     from inlay.moshi.run import Run
 
+_MOSHI = "kyutai/moshiko-pytorch-bf16"
 console = Console()
 errors = Console(stderr=True)
 
 
-def run(
+def hear(
     source: Annotated[
         Path,
         typer.Argument(
@@ -25,9 +26,21 @@ def run(
         ),
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT.wav", help="Moshi's answer, as long as IN.", dir_okay=False)],
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            help="A finished run of `inlay train`: its checkpoint, what was trained, its window.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ] = None,
     checkpoint: Annotated[
-        str, typer.Option(help="Moshi's weights: a hub repository, or a folder with its files.")
-    ] = "kyutai/moshiko-pytorch-bf16",
+        str | None,
+        typer.Option(
+            help=f"Moshi's weights: a hub repository, or a folder with its files. [default: {_MOSHI}]",
+            show_default=False,
+        ),
+    ] = None,
     finetuned: Annotated[
         Path | None,
         typer.Option(
@@ -67,14 +80,21 @@ def run(
     import torch
 
     from inlay.fastweight import find_memory
-    from inlay.moshi.duplex import Voice, load_moshi
+    from inlay.moshi.duplex import RunError, Voice, load_moshi
     from inlay.moshi.run import run_file
     from inlay.moshi.run_report import write_run
     from inlay.report.numbers import short
 
+    if run is not None and (checkpoint is not None or finetuned is not None):
+        raise RunError("a run has a checkpoint and trained weights of its own; give --run alone")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with errors.status("loading Moshi"):
-        moshi = load_moshi(checkpoint, finetuned=finetuned, device=device)
+        if run is not None:
+            from inlay.train.moshi import load_moshi_run
+
+            moshi = load_moshi_run(run, device=device).moshi
+        else:
+            moshi = load_moshi(checkpoint or _MOSHI, finetuned=finetuned, device=device)
     attached = find_memory(moshi.lm)
     if attached is not None and not memory:
         attached.detach()

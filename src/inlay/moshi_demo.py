@@ -29,7 +29,7 @@ from inlay.demo import (
 from inlay.evaluate import NO_MEMORY
 from inlay.evaluate.moshi import MoshiEvaluation, evaluate_moshi
 from inlay.evaluate.position import NO_STEP
-from inlay.moshi.duplex import Voice, load_moshi
+from inlay.moshi.duplex import Voice
 from inlay.moshi.encode import encode_data
 from inlay.moshi.model import MoshiForTraining
 from inlay.moshi.run import Run, run_file
@@ -42,7 +42,6 @@ from inlay.report.console import print_section, progress_bar
 from inlay.report.provenance import provenance
 from inlay.train.moshi import load_moshi_run
 from inlay.train.moshi_recipe import load_moshi_recipe
-from inlay.train.moshi_trainer import FINETUNED
 from inlay.train.report import training_curve
 
 TASK = "moshi_demo"
@@ -179,8 +178,7 @@ def less(evaluation: MoshiEvaluation, stream: str, baseline: str) -> tuple[float
 
 
 def _stream(paths: DemoPaths, console: Console) -> Run:
-    run = paths.run(WITH)
-    moshi = load_moshi(paths.toy, finetuned=run / FINETUNED)
+    moshi = load_moshi_run(paths.run(WITH), device="cpu").moshi
     source = min((paths.speech("held-out") / "audio").glob("*.wav"))
     with progress_bar(console, f"streaming: {source.name}") as shown:
         done = run_file(

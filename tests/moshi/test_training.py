@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,25 @@ def test_the_command_trains_a_moshi_recipe_and_writes_its_report(
     assert "Training loss" in report
     assert "The memory while training" in report
     assert json.loads((tmp_path / "runs" / "toy" / "moshi" / "memory.json").read_text())["model"]["type"] == "LMModel"
+
+    with wave.open(str(tmp_path / "in.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(24_000)
+        file.writeframes(bytes(2 * 24_000))
+    talk = [
+        "moshi",
+        "run",
+        str(tmp_path / "in.wav"),
+        str(tmp_path / "out.wav"),
+        "--run",
+        str(tmp_path / "runs" / "toy"),
+    ]
+    result = CliRunner().invoke(app, [*talk, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "memory: 0 chunks of 16 frames" in result.output  # 13 frames were heard
+    result = CliRunner().invoke(app, [*talk, "--checkpoint", toy.source])
+    assert "give --run alone" in str(result.exception)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from transformers import set_seed
 from inlay.data.problems import DataError
 from inlay.fastweight import Memory, attach
 from inlay.moshi.checkpoint import load_finetuned
+from inlay.moshi.duplex import Moshi
 from inlay.moshi.lora import add_lora, embedding_parameters, lora_layers
 from inlay.moshi.model import MoshiForTraining
 from inlay.moshi.sequences import MoshiData, collate_sequences, load_sequences
@@ -54,6 +55,14 @@ class MoshiRun:
     checkpoint: MoshiCheckpoint
     lm: LMModel
     memory: Memory | None
+
+    @property
+    def moshi(self) -> Moshi:
+        """The model with its codec and tokenizer, to be talked with."""
+        checkpoint = self.checkpoint
+        return Moshi(
+            self.lm, checkpoint.mimi, checkpoint.text_tokenizer, str(self.directory), checkpoint.info.lm_gen_config
+        )
 
 
 def train_moshi(

@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import decode, monitor, moshi, moshi_stream, operation, plan
 from benchmarks.entry import Benchmark, Entry
 from inlay.report.document import replace_atomically
 
 BUSY = 0.75
 """An idle machine gives the operation's entry about nine tenths of its threads' time."""
 
-ENTRIES: dict[str, Benchmark] = {
-    "operation": operation.run,
-    "decode": decode.run,
-    "monitor": monitor.run,
-    "plan": plan.run,
-    "moshi": moshi.run,
-    "moshi_stream": moshi_stream.run,
-}
+ENTRIES = ("operation", "decode", "monitor", "plan", "moshi", "moshi_stream")
+"""Modules of this package; each is imported when it is run, for those of Moshi need Kyutai's package."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {}
     for name in options.entries or ENTRIES:
         wall, processor = time.perf_counter(), time.process_time()
-        entry = _run(ENTRIES[name], options.quick, device, console)
+        entry = _run(import_module(f"benchmarks.{name}").run, options.quick, device, console)
         share = (time.process_time() - processor) / (time.perf_counter() - wall) / torch.get_num_threads()
         results[name] = {**entry.to_json(), "processor_share": share}
         console.print(f"\n[bold]{entry.title}[/]")

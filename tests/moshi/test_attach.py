@@ -11,14 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from moshi.modules.gating import ActivationGating
-from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
+from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora, replace_lora_with_linear
 from torch import Tensor, nn
 
 import inlay
 from inlay import AttachError, CheckpointError, FastWeightConfig
 from inlay.fastweight import FastWeightLinear, fast_weight_linear_reference
+from inlay.fastweight.errors import MemoryGoneError
 from inlay.moshi import require_moshi
 from inlay.moshi.gating import ModularGating
+from inlay.moshi.lora import fuse_lora
 from tests.closeness import assert_close, relative_error
 from tests.moshi.models import TEXT_CARD, WIDTH, make_codes, make_lm, outputs
 
@@ -203,6 +205,38 @@ def test_kyutais_lora_and_the_memory_go_together(order: str) -> None:
     lm.requires_grad_(True)  # matmul picks its kernel by that
     assert not any(isinstance(module, FastWeightLinear | ModularGating) for module in lm.modules())
     assert torch.equal(outputs(lm, codes)[0], outputs(reference, codes)[0])
+
+
+@pytest.mark.parametrize("order", ["lora first", "memory first"])
+def test_adapters_are_fused_around_the_memory(order: str) -> None:
+    lm, codes = make_lm(), make_codes()
+    if order == "lora first":
+        replace_all_linear_with_lora(lm, rank=2, scaling=2.0)
+    memory = inlay.attach(lm, CONFIG)
+    if order == "memory first":
+        replace_all_linear_with_lora(lm, rank=2, scaling=2.0)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in [*memory.parameters(), *(p for name, p in lm.named_parameters() if ".lora_" in name)]:
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    with torch.no_grad():
+        expected = outputs(lm, codes)[0]
+        fuse_lora(lm)
+        assert not any(isinstance(module, LoRALinear) for module in lm.modules())
+        assert_close(outputs(lm, codes)[0], expected, 1e-5)
+        with memory.disabled():
+            assert relative_error(outputs(lm, codes)[0], expected) > 1e-2
+    memory.detach()
+    assert not any(isinstance(module, FastWeightLinear | ModularGating) for module in lm.modules())
+
+
+def test_a_memory_that_was_taken_out_behind_its_back_is_missed() -> None:
+    """Upstream's way of fusing adapters puts a plain layer in place of the one with the memory."""
+    lm, codes = make_lm(), make_codes()
+    replace_all_linear_with_lora(lm, rank=2, scaling=2.0)
+    inlay.attach(lm, CONFIG)
+    replace_lora_with_linear(lm)
+    with pytest.raises(MemoryGoneError, match=r"block 0 is no longer in the model.*fuse_lora"):
+        outputs(lm, codes)
 
 
 def test_a_copy_of_the_model_has_a_memory_of_its_own() -> None:

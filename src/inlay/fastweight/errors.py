@@ -13,6 +13,10 @@ class CheckpointError(InlayError, ValueError):
     """A saved memory is damaged or is not of this model; the model is unchanged."""
 
 
+class MemoryGoneError(InlayError, RuntimeError):
+    """Something took a memory layer out of its model behind the memory's back."""
+
+
 class MemoryNeverReadError(InlayError, ValueError):
     """No sequence is longer than a chunk, so nothing that is written can ever be read."""
 

@@ -20,6 +20,7 @@ from transformers import Cache
 from inlay.fastweight.checkpointing import unwrap_checkpointing, wrap_checkpointing
 from inlay.fastweight.config import FastWeightConfig
 from inlay.fastweight.context import ContextHolder, ForwardContext, documents_of, first_tensor
+from inlay.fastweight.errors import MemoryGoneError
 from inlay.fastweight.families import Decoder, Site
 from inlay.fastweight.layer import FastWeightLinear, capture_mlp_input
 from inlay.fastweight.stepping import StepSource
@@ -48,6 +49,7 @@ class ForwardHooks:
         self.session: MemoryState | None = None
         self.step_source: StepSource | None = None
         self._decoder = decoder
+        self._sites = sites
         self._blocks = [decoder.blocks[0], *(site.block for site in sites)]
         self._layers = layers
         self._config = config
@@ -152,6 +154,15 @@ class ForwardHooks:
         if first is not None and first.requires_grad:
             first.register_hook(lambda gradient: self._on_backward())  # type: ignore[no-untyped-call]
 
+    def _refuse_without_layers(self) -> None:
+        for site in self._sites:
+            if all(module is not self._layers[site.index] for module in site.block.modules()):
+                raise MemoryGoneError(
+                    f"the memory of block {site.index} is no longer in the model: something replaced the module that "
+                    "held it, as moshi's replace_lora_with_linear does. Fuse adapters with inlay.moshi.lora.fuse_lora, "
+                    "or take the memory out first with memory.detach()"
+                )
+
     def _prepare(self, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Work out the documents of this forward's tokens, and the state they go on from, from its arguments."""
         context.steps = None if self.step_source is None else self.step_source.current()
@@ -160,6 +171,7 @@ class ForwardHooks:
             wrap_checkpointing(self._holder, self._decoder, self._blocks, context)
         if not enabled:
             return
+        self._refuse_without_layers()
         given = dict(zip(self._parameters_of_forward, args, strict=False)) | kwargs
         names = ("input_ids", "inputs_embeds", "hidden_states")
         tokens = next((given[name] for name in names if given.get(name) is not None), None)

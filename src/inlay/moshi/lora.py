@@ -51,6 +51,20 @@ def add_lora(lm: LMModel, config: LoraConfig, *, dtype: torch.dtype | None = Non
         nn.init.zeros_(layer.lora_B.weight)
 
 
+@torch.no_grad()
+def fuse_lora(lm: nn.Module) -> None:
+    """Add every adapter to the weight of its layer, W + scaling · B A, and take it off; a memory stays where it is.
+
+    Upstream's ``replace_lora_with_linear`` makes new linear layers, so a memory would be lost.
+    """
+    for module in list(lm.modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, LoRALinear):
+                weight = child.frozen_W.weight
+                weight += child.scaling * (child.lora_B.weight @ child.lora_A.weight).to(weight.dtype)
+                module._modules[name] = child.frozen_W
+
+
 def lora_layers(lm: nn.Module) -> Iterator[LoRALinear]:
     """The adapters of a model."""
     return (module for module in lm.modules() if isinstance(module, LoRALinear))

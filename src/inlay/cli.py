@@ -55,6 +55,8 @@ def train(
     from inlay.train.kinds import recipe_kind
 
     if recipe_kind(recipe) == "moshi":
+        from accelerate import PartialState
+
         from inlay.train.moshi import train_moshi
         from inlay.train.moshi_recipe import load_moshi_recipe
         from inlay.train.moshi_report import write_moshi_report
@@ -62,6 +64,8 @@ def train(
         moshi = load_moshi_recipe(recipe, overrides or ())
         directory = moshi.run_dir or runs / moshi.name
         train_moshi(moshi, directory, resume=resume, console=console)
+        if not PartialState().is_main_process:
+            return
         console.print(f"report: {write_moshi_report(directory)}", soft_wrap=True)
         return
     from inlay.train import load_recipe, train, write_run_report

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
 import shutil
+import socket
 import wave
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from typer.testing import CliRunner
 
 from inlay import MemoryNeverReadError
@@ -24,6 +28,7 @@ from inlay.train.moshi import build_moshi, load_moshi_run, train_moshi
 from inlay.train.moshi_recipe import MoshiRecipe, load_moshi_recipe
 from inlay.train.trainer import read_metrics
 from inlay.train.yaml_recipe import RecipeError, check_recipe, dump_recipe
+from tests.closeness import assert_close
 from tests.moshi.runs import make_recipe, make_store, make_toy
 
 LORA = {"enable": True, "rank": 2}
@@ -234,3 +239,35 @@ def test_the_recipe_that_comes_along_is_valid() -> None:
     recipe = load_moshi_recipe(Path("recipes/moshi.yaml"))
     assert recipe.data.frames == 32_000
     assert yaml.safe_load(dump_recipe(recipe))["moshi_paths"] is not None
+
+
+def _one_of_two(rank: int, port: int, recipe: MoshiRecipe, directory: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, of one process
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    train_moshi(recipe, directory)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_what_one_trains(toy: MoshiCheckpoint, store: Path, tmp_path: Path) -> None:
+    """As under torchrun: two processes of one sequence each make the step of one process of two microbatches."""
+    changes: dict[str, Any] = MODES["memory+lora"] | {"batch_size": 1, "gradient_checkpointing": True}
+    train_moshi(make_recipe(toy, store, num_microbatches=2, **changes), tmp_path / "one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    recipe = make_recipe(toy, store, **changes)
+    both = [context.Process(target=_one_of_two, args=(rank, port, recipe, tmp_path / "two")) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    one, two = (dict(load_moshi_run(tmp_path / name).lm.named_parameters()) for name in ("one", "two"))
+    for name in one:
+        assert_close(two[name].float(), one[name].float(), 1e-5, name)
+    logged = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in logged]
+    assert len(losses[1]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -125,7 +125,10 @@ def load_checkpoint(
     else:
         info = _info_of_repository(str(source))
     lm_config = copy.deepcopy(info.lm_config if info.lm_config is not None else loaders._lm_kwargs)
-    return MoshiCheckpoint(str(source), info, lm_config, torch.device(device), dtype)
+    where = torch.device(device)
+    if where.type == "cpu":  # several processes number theirs (cpu:0), which safetensors does not know
+        where = torch.device("cpu")
+    return MoshiCheckpoint(str(source), info, lm_config, where, dtype)
 
 
 def _info_of_folder(folder: Path) -> loaders.CheckpointInfo:

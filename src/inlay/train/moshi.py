@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from moshi.models.lm import LMModel
 from rich.console import Console
 from transformers import set_seed
@@ -87,6 +88,9 @@ def train_moshi(
     console = console or Console(quiet=True)
     refuse_another_run(directory, recipe, resume)
     arguments = training_arguments(directory, recipe.seed, recipe.trainer_arguments())
+    processes = PartialState()
+    if not processes.is_main_process:
+        console = Console(quiet=True)
     set_seed(recipe.seed)
     data = load_sequences(recipe.data)
     checkpoint = load_checkpoint(
@@ -100,7 +104,10 @@ def train_moshi(
             console.print(split.table(name, chunk_size=memory.config.chunk_size, boundary=memory.config.boundary))
     console.print(_model_line(lm, memory))
 
-    begin_run(directory, recipe)
+    processes.wait_for_everyone()  # the others must not take this run for one that was there before
+    if processes.is_main_process:
+        begin_run(directory, recipe)
+    processes.wait_for_everyone()
     task = MoshiForTraining(lm, recipe.loss)
     trainer = MoshiTrainer(
         checkpoint_config=checkpoint_config(checkpoint),
@@ -120,6 +127,7 @@ def train_moshi(
         if trainer.is_world_process_zero():
             trainer.save_model(str(directory))
             (directory / DONE).write_text("")
+        processes.wait_for_everyone()
     finally:
         task.restore()
     return metrics

@@ -124,6 +124,8 @@ class MetricsFile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Keep the lines up to the step the run starts from."""
+        if not state.is_world_process_zero:
+            return
         kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from inlay.fastweight import FastWeightConfig, attach
 from inlay.train.muon import MuonAdamW, split_matrices
+from tests.softtoken.local import llama
 
 
 class Tied(nn.Module):
@@ -53,6 +55,17 @@ def test_matrices_are_the_weights_of_linear_layers_that_are_trained_and_not_tied
     assert len(others) == len(expected)
     model.inner.weight.requires_grad_(False)
     assert split_matrices([model])[0] == []
+
+
+def test_the_two_matrices_of_a_memory_are_trained_by_muon() -> None:
+    """An AdamW step as large as the embeddings want would throw the memory's target about."""
+    model = llama(32)
+    model.requires_grad_(False)
+    config = FastWeightConfig(layers=[0], chunk_size=4)
+    memory = attach(model, config).train_only("memory")
+    matrices, others = split_matrices([model])
+    assert {id(p) for p in matrices} == {id(p) for p in memory.parameters()}
+    assert others == []
 
 
 def test_each_part_steps_as_torchs_own_optimizer_does() -> None:

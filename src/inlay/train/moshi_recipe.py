@@ -67,8 +67,8 @@ class OptimSection(Section):
     """That of the memory's own parameters; ``lr`` when not given."""
 
     muon: float | None = Field(default=None, gt=0)
-    """Highest learning rate of Muon for the weights of linear layers, the memory's projection among them; null trains
-    them with AdamW like all else."""
+    """Highest learning rate of Muon for the weights of linear layers and for the memory's convolution and
+    projection; null trains them with AdamW like all else."""
 
     weight_decay: float = Field(default=0.1, ge=0)
     """Decay, of everything but norms; with Muon, of what it trains."""

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from inlay.fastweight.target import TargetGenerator
+
 
 class MuonAdamW(torch.optim.Optimizer):
     """``torch.optim.Muon`` and ``torch.optim.AdamW`` side by side.
@@ -85,7 +87,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def split_matrices(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """What is trained in ``modules``: weights of linear layers (not tied to an embedding), and all else.
+    """What is trained in ``modules``: weights of linear layers (not tied to an embedding) and the two matrices of a
+    memory's target; and all else.
 
     A parameter that several modules hold is counted once.
     """
@@ -96,6 +99,7 @@ def split_matrices(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], li
         for module in every
         if isinstance(module, nn.Linear) and isinstance(module.weight, nn.Parameter) and id(module.weight) not in tables
     }
+    matrices |= {id(p) for module in every if isinstance(module, TargetGenerator) for p in module.parameters()}
     trained = {id(p): p for module in every for p in module.parameters(recurse=False) if p.requires_grad}
     return (
         [parameter for key, parameter in trained.items() if key in matrices],

@@ -49,7 +49,7 @@ def encode(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The codes' folder.", show_default=False)],
     weights: Annotated[
         str, typer.Option(help="Moshi's weights: a hub repository, or a folder with its files.")
-    ] = "kyutai/moshiko-pytorch-bf16",
+    ] = cli_moshi_run.MOSHI,
     workers: Annotated[int, typer.Option(help="Processes that encode.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="Where Mimi runs.")] = "cpu",
     on_error: Annotated[
@@ -99,7 +99,9 @@ def synthesise(
     """Make conversations with espeak-ng in which phrases return, with exact word alignments."""
     from inlay.data.speech import SpeechConfig, synthesise
 
-    config = SpeechConfig(conversations, duration, return_after, seed, style)
+    config = SpeechConfig(
+        conversations=conversations, duration=duration, return_after=return_after, seed=seed, style=style
+    )
     with _progress("conversations") as progress:
         manifest = synthesise(config, out, progress=progress)
     console.print(f"conversations: {manifest}", soft_wrap=True)

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from inlay.moshi.duplex import Reply
     from inlay.moshi.run import Run
 
-_MOSHI = "kyutai/moshiko-pytorch-bf16"
+MOSHI = "kyutai/moshiko-pytorch-bf16"
+"""Whose files are taken when nothing else is said."""
 console = Console()
 errors = Console(stderr=True)
 
@@ -37,7 +38,7 @@ def hear(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            help=f"Moshi's weights: a hub repository, or a folder with its files. [default: {_MOSHI}]",
+            help=f"Moshi's weights: a hub repository, or a folder with its files. [default: {MOSHI}]",
             show_default=False,
         ),
     ] = None,
@@ -94,7 +95,7 @@ def hear(
 
             moshi = load_moshi_run(run, device=device).moshi
         else:
-            moshi = load_moshi(checkpoint or _MOSHI, finetuned=finetuned, device=device)
+            moshi = load_moshi(checkpoint or MOSHI, finetuned=finetuned, device=device)
     attached = find_memory(moshi.lm)
     if attached is not None and not memory:
         attached.detach()

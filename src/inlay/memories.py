@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM
 
-from inlay.data import QAExample, load_qa
+from inlay.data import QAConfig, QAExample, load_qa
 from inlay.evaluate.compress_measuring import cache_bytes_per_slot
 from inlay.evaluate.compress_methods import Budget, Ids, compressing_writer, context_ids, padded_ids, text_writer
 from inlay.evaluate.memories import (
@@ -40,7 +40,7 @@ from inlay.evaluate.memories import (
 )
 from inlay.evaluate.memories_results import MemoriesEvaluation, TaskScores, ways_in_order
 from inlay.evaluate.scoring import Progress as ShowProgress
-from inlay.evaluate.scoring import device_of
+from inlay.evaluate.scoring import choose, device_of
 from inlay.fastweight import Session
 from inlay.report import Code, Report, training_curves, write_report
 from inlay.report.console import print_section
@@ -80,7 +80,7 @@ def compare_memories(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / RECIPE).write_text(dump_recipe(recipe))
     # Of every task before anything is trained: data that cannot be had should not be found out after minutes.
-    asked = {task: load_qa(section.data).eval[: recipe.evaluate.examples] for task, section in recipe.tasks.items()}
+    asked = {task: _asked(recipe, section.data) for task, section in recipe.tasks.items()}
     found = []
     for task, examples in asked.items():
         place = directory / task
@@ -94,6 +94,12 @@ def compare_memories(
     console.print(f"figures: {evaluation.write(directory / FIGURES)}", soft_wrap=True)
     console.print(f"report: {_report(recipe, directory, evaluation)}", soft_wrap=True)
     return evaluation
+
+
+def _asked(recipe: MemoriesRecipe, data: QAConfig) -> list[QAExample]:
+    """The questions of a task, from all of its evaluation data."""
+    examples = load_qa(data).eval
+    return [examples[index] for index in choose(len(examples), recipe.evaluate.examples)]
 
 
 def evaluate_memories(

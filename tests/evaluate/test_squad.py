@@ -143,7 +143,7 @@ def test_scores_of_other_questions_are_not_compared() -> None:
     with pytest.raises(EvaluationError, match="same questions"):
         ours.gain(squad_scores(["port"], [["harbour"]]))
     with pytest.raises(EvaluationError, match="same questions"):
-        ours.gain(squad_scores(["port"], [["port"]], version="1.1"))
+        ours.gain(squad_scores(["port"], [["port"]], version="2.0"))
 
 
 def test_what_cannot_be_scored_is_refused_with_the_fix() -> None:
@@ -155,3 +155,10 @@ def test_what_cannot_be_scored_is_refused_with_the_fix() -> None:
         squad_scores(["port"], [["port"], ["port"]])
     with pytest.raises(EvaluationError, match="at least one question"):
         squad_scores([], [])
+
+
+def test_the_data_say_which_rules_they_are_scored_by() -> None:
+    answered = squad_scores(["the", "port"], [["a"], ["port"]])
+    assert (answered.version, answered.exact_match, answered.f1) == ("1.1", 1.0, 0.5)
+    with_an_unanswerable = squad_scores(["the", "port", ""], [["a"], ["port"], []])
+    assert (with_an_unanswerable.version, with_an_unanswerable.f1) == ("2.0", 1.0)

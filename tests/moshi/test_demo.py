@@ -47,7 +47,7 @@ def test_every_step_leaves_its_files_and_uses_the_conversations_of_before(tmp_pa
     said, root = StringIO(), tmp_path / "demo"
     moshi_demo._make_conversations(moshi_demo.TRAIN, root / "speech-train", Console(file=StringIO()))
     kept = {file: file.stat().st_mtime_ns for file in root.glob("speech-*/audio/*")}
-    path = moshi_demo.run_moshi_demo(root, Console(file=said, width=200))
+    path = moshi_demo.run_moshi_demo(root, Console(file=said, width=1000))
     assert len(kept) == 6
     assert kept == {file: file.stat().st_mtime_ns for file in root.glob("speech-train/audio/*")}
     figures = json.loads((root / "evaluation.json").read_text())
@@ -71,8 +71,9 @@ def test_conversations_that_were_damaged_are_not_trained_on(tmp_path: Path, smal
     moshi_demo._make_conversations(moshi_demo.TRAIN, root / "speech-train", Console(file=StringIO()))
     (root / "speech-train" / "audio" / "00001.json").write_text("[")
     with pytest.raises(DemoError, match="unsound conversations; delete it"):
-        moshi_demo.run_moshi_demo(root, Console(file=said, width=200))
+        moshi_demo.run_moshi_demo(root, Console(file=said, width=1000))
     assert "what is wrong" in said.getvalue()
+    assert "00001.json" in said.getvalue()
 
 
 def test_a_loss_is_lower_by_a_share_of_the_baselines() -> None:

@@ -33,7 +33,7 @@ from inlay.moshi.sequences import MoshiSequences, collate_sequences
 from inlay.report import Section, Table, bars
 from inlay.report.document import Align
 from inlay.report.jsonfile import plain, write_json
-from inlay.report.numbers import MISSING
+from inlay.report.numbers import MINUS, MISSING
 
 STREAMS = ("text", "audio")
 
@@ -323,4 +323,4 @@ def _less(evaluation: MoshiEvaluation, name: str, stream: str, part: str) -> str
     if not np.isfinite(gain.mean) or not base.bits:
         return MISSING
     spread = f" ± {100 * gain.half / base.bits:.1f}" if np.isfinite(gain.half) else ""
-    return f"{100 * gain.mean / base.bits:.1f}{spread} %".replace("-", "\N{MINUS SIGN}")
+    return f"{100 * gain.mean / base.bits:.1f}{spread} %".replace("-", MINUS)

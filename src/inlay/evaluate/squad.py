@@ -157,7 +157,7 @@ def squad_scores(
     references: Sequence[Sequence[str]],
     *,
     contexts: Sequence[Hashable] | None = None,
-    version: Version = "2.0",
+    version: Version | None = None,
 ) -> SquadScores:
     """Score one prediction per question.
 
@@ -166,7 +166,7 @@ def squad_scores(
         references: ``[questions]`` right answers of each, as :func:`exact_match` takes them.
         contexts: ``[questions]`` what each is asked about: equal values (a text, an id), one context. Without, every
             question counts as an independent measurement.
-        version: Rules to score by.
+        version: Rules to score by. When not given, those of the data: 2.0 if a question has no references, else 1.1.
 
     Raises:
         EvaluationError: The lengths differ, there is no question, or a question's references are no list of answers.
@@ -178,6 +178,8 @@ def squad_scores(
             f"{len(predictions)} predictions for {len(references)} questions{about}: "
             "give one prediction, and one context, per question, and at least one question"
         )
+    if version is None:
+        version = "1.1" if all(references) else "2.0"
     exact = [exact_match(*pair, version) for pair in zip(predictions, references, strict=True)]
     f1s = [f1(*pair, version) for pair in zip(predictions, references, strict=True)]
     groups = _numbered(range(len(predictions)) if contexts is None else contexts)

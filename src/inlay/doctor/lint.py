@@ -1,27 +1,31 @@
 """Lint: faults of a recipe that show without running it, and of a model that will not be saved whole.
 
-The checks themselves are in :mod:`inlay.doctor.lint_checks`.
+The checks themselves are in :mod:`inlay.doctor.lint_memory` and :mod:`inlay.doctor.lint_checks`; those of a Moshi
+recipe in :mod:`inlay.doctor.moshi_lint`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from inlay.data import Data
 from inlay.doctor.findings import Finding, Severity
-from inlay.doctor.lint_case import Case, NotChecked
-from inlay.doctor.lint_checks import CHECKS, Check
+from inlay.doctor.lint_case import NotChecked, TextCase
+from inlay.doctor.lint_checks import CHECKS
 from inlay.fastweight import Memory
 from inlay.report import Section, Table
 from inlay.report.document import Verdict
 
 if TYPE_CHECKING:  # the trainer's callbacks import the doctor
     from inlay.train import Recipe
+
+AnyCase = TypeVar("AnyCase")
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,19 @@ def lint_recipe(recipe: Recipe, *, data: Data | None = None, source: Path | None
             for among the training documents.
         source: File that the recipe was read from, for the heading.
     """
-    case = Case(recipe, data)
-    return Lint(str(source or recipe.name), tuple(_run(case, title, function) for title, function in CHECKS.items()))
+    return Lint(str(source or recipe.name), run_checks(CHECKS, TextCase(recipe, data)))
 
 
-def _run(case: Case, title: str, function: Check) -> Outcome:
-    try:
-        return Outcome(title, tuple(function(case)))
-    except NotChecked as reason:
-        return Outcome(title, (), str(reason))
+def run_checks(checks: Mapping[str, Callable[[AnyCase], Iterable[Finding]]], case: AnyCase) -> tuple[Outcome, ...]:
+    """What every check says of ``case``, in their order."""
+
+    def run(title: str, check: Callable[[AnyCase], Iterable[Finding]]) -> Outcome:
+        try:
+            return Outcome(title, tuple(check(case)))
+        except NotChecked as reason:
+            return Outcome(title, (), str(reason))
+
+    return tuple(run(title, check) for title, check in checks.items())
 
 
 def lint_model(memory: Memory, model: nn.Module | None = None) -> list[Finding]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -23,8 +25,71 @@ class NotChecked(Exception):  # noqa: N818, it is no error
     """A check could not be made; the message says why."""
 
 
+class Case(ABC):
+    """What the checks of a memory ask, whatever is trained with it.
+
+    A figure that cannot be had raises :class:`NotChecked`.
+    """
+
+    @property
+    @abstractmethod
+    def configured(self) -> FastWeightConfig | None:
+        """The memory's configuration; None for a recipe without one."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """T, tokens or frames of a training sequence."""
+
+    @abstractmethod
+    def length(self, tokens: int) -> str:
+        """The recipe's key and value for sequences of so many tokens."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> int:
+        """Blocks of the decoder."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """D, the hidden size."""
+
+    @property
+    @abstractmethod
+    def inner(self) -> int:
+        """F, what the down projections read."""
+
+    @property
+    @abstractmethod
+    def weight_std(self) -> float:
+        """Standard deviation of the base weights, or a typical one."""
+
+    @property
+    @abstractmethod
+    def output_dtype(self) -> torch.dtype:
+        """Dtype that the layers' outputs are rounded to while training."""
+
+    @property
+    @abstractmethod
+    def adam(self) -> bool:
+        """Whether the optimizer is one of the Adam family, whose steps have a known size."""
+
+    @property
+    @abstractmethod
+    def rates(self) -> Mapping[str, float]:
+        """The learning rates that drive something, by the recipe's keys."""
+
+    @property
+    def memory(self) -> FastWeightConfig:
+        """The memory's configuration. Raises :class:`NotChecked` if the recipe has none."""
+        if self.configured is None:
+            raise NotChecked("not checked: the recipe has no memory")
+        return self.configured
+
+
 @dataclass(frozen=True)
-class Case:
+class TextCase(Case):
     """A recipe under examination, with what is known about it.
 
     Attributes:
@@ -36,11 +101,43 @@ class Case:
     data: Data | None
 
     @property
-    def memory(self) -> FastWeightConfig:
-        """The memory's configuration. Raises :class:`NotChecked` if the recipe has none."""
-        if self.recipe.memory is None:
-            raise NotChecked("not checked: the recipe has no memory")
+    def configured(self) -> FastWeightConfig | None:
+        """See :class:`Case`."""
         return self.recipe.memory
+
+    @property
+    def tokens(self) -> int:
+        """See :class:`Case`."""
+        return self.recipe.data.sequence_length
+
+    def length(self, tokens: int) -> str:
+        """See :class:`Case`."""
+        return f"data.sequence_length: {tokens}"
+
+    @property
+    def blocks(self) -> int:
+        """See :class:`Case`."""
+        return self.size("num_hidden_layers")
+
+    @property
+    def width(self) -> int:
+        """See :class:`Case`."""
+        return self.size("hidden_size")
+
+    @property
+    def inner(self) -> int:
+        """See :class:`Case`; four times the width where the configuration does not tell."""
+        return getattr(self.architecture.get_text_config(), "intermediate_size", None) or 4 * self.width
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """See :class:`Case`."""
+        rates = {"trainer.learning_rate": self.number("learning_rate")}
+        if self.recipe.memory is not None and self.recipe.memory_learning_rate is not None:
+            rates["memory_learning_rate"] = self.recipe.memory_learning_rate
+            if self.recipe.mode == "memory":
+                rates.pop("trainer.learning_rate")  # drives nothing
+        return rates
 
     @property
     def text(self) -> TextConfig:

@@ -1,7 +1,4 @@
-"""The checks of a recipe's lint: each one a small function from a :class:`Case` to findings.
-
-``@check`` registers it with its title; a new one is one function. A check that lacks what it needs (the model's
-configuration, the data) raises :class:`NotChecked` with the reason, so that "fine" always means looked at.
+"""The checks of a text recipe's lint: those of any memory, and of its data, optimizer and evaluation.
 
 What one would look for in other code and this library rules out: the sum of a memory is float32 whatever the model's
 dtype (`fastweight.scan`), and every mode of a recipe saves what it trains. What remains of half precision is checked:
@@ -24,47 +21,17 @@ from inlay.data.config import Packing
 from inlay.data.packing import NAMES_COLUMN
 from inlay.data.sources import find_files
 from inlay.doctor.findings import Finding, Severity
-from inlay.doctor.lint_case import Case, NotChecked
-from inlay.doctor.reach_plan import chunks_in, percent
-from inlay.fastweight import AttachError, FastWeightConfig
+from inlay.doctor.lint_case import NotChecked, TextCase
+from inlay.doctor.lint_memory import MEMORY_CHECKS
+from inlay.doctor.reach_plan import percent
 
-LEAST_SHARE = 1e-4
-"""A memory that can never make up this much of its layer's output does nothing, in float32 too."""
 _COMPARED_TOKENS = 1 << 24
 """Training tokens, at most, in which the evaluation documents are looked for."""
 _COMPARED_LENGTH = 16
 """Documents of fewer tokens can be alike by chance."""
 
-Check = Callable[[Case], Iterable[Finding]]
-CHECKS: dict[str, Check] = {}
-"""The checks by their titles, in the order in which they are told."""
 
-
-def check(title: str) -> Callable[[Check], Check]:
-    """Register a check under ``title``."""
-
-    def register(function: Check) -> Check:
-        CHECKS[title] = function
-        return function
-
-    return register
-
-
-@check("Chunks in a sequence")
-def _sequence(case: Case) -> Iterator[Finding]:
-    length, size = case.recipe.data.sequence_length, case.memory.chunk_size
-    chunks = chunks_in(length, size)
-    fix = f"memory.chunk_size: {max(1, (length - 1) // 7)}, or data.sequence_length: {8 * size}, for at least 8 chunks"
-    if chunks == 1:
-        says = f"sequences of {length} tokens are not longer than a chunk of {size}: what is written is never read"
-        yield Finding("lint.never_read", Severity.FATAL, says, fix)
-    elif chunks == 2:
-        says = f"sequences of {length} tokens hold 2 chunks of {size}: only the first is ever read, and by one"
-        yield Finding("lint.few_chunks", Severity.WARNING, says, fix)
-
-
-@check("Short documents")
-def _short_documents(case: Case) -> Iterator[Finding]:
+def _short_documents(case: TextCase) -> Iterator[Finding]:
     size = case.memory.chunk_size
     if case.memory.boundary == "carry":
         return  # a row is one document
@@ -87,76 +54,7 @@ def _short_documents(case: Case) -> Iterator[Finding]:
     yield Finding("lint.short_documents", Severity.FATAL if alone == pieces else Severity.WARNING, says, fix)
 
 
-@check("Memory layers")
-def _layers(case: Case) -> Iterator[Finding]:
-    if case.memory.projection is not None:
-        raise NotChecked("not checked: memory.projection names blocks of its own")
-    blocks = case.size("num_hidden_layers")
-    try:
-        case.memory.layer_indices(blocks)
-    except AttachError as error:
-        fix = f"memory.layers: indices from 0 to {blocks - 1}, or every:6"
-        yield Finding("lint.layers", Severity.FATAL, f"memory.{error}", fix)
-
-
-@check("Step size")
-def _eta(case: Case) -> Iterator[Finding]:
-    if case.memory.eta == 0:
-        default = FastWeightConfig.model_fields["eta"].default
-        says = "memory.eta is 0: whatever is written is multiplied by 0, so the memory neither acts nor learns"
-        yield Finding("lint.eta", Severity.FATAL, says, f"memory.eta: {default:g}")
-
-
-@check("Clipping")
-def _clip(case: Case) -> Iterator[Finding]:
-    """Can a clipped memory ever matter?
-
-    n − 1 updates of norm at most τ sum to at most (n − 1) τ, and ‖S z‖ ≤ ‖S‖ ‖z‖, while a W0 of independent entries of
-    standard deviation σ gives ‖W0 z‖ ≈ σ √D ‖z‖. So whatever is learnt, the memory's share of the output is at most
-
-        η (n − 1) τ / (σ √D)        with τ = max_update_ratio · ‖W0‖ = max_update_ratio · σ √(D F) if it is relative
-
-    It has to exceed LEAST_SHARE, and in half precision half the spacing of the output's own numbers, to which W0 z has
-    been rounded already: less is rounded away from it.
-    """
-    memory = case.memory
-    key, limit = "max_update_norm", memory.max_update_norm
-    chunks = chunks_in(case.recipe.data.sequence_length, memory.chunk_size)
-    if limit is None and memory.max_update_ratio is not None:
-        key, limit = "max_update_ratio", memory.max_update_ratio
-    if limit is None or chunks == 1 or memory.eta == 0:
-        return
-    width = case.size("hidden_size")
-    per_limit = memory.eta * (chunks - 1) / (case.weight_std * math.sqrt(width))
-    if key == "max_update_ratio":
-        inner = getattr(case.architecture.get_text_config(), "intermediate_size", None) or 4 * width
-        per_limit *= case.weight_std * math.sqrt(width * inner)
-    # Numbers from 1 to 2 are eps apart: relative to them, half of that is between eps / 4 and eps / 2.
-    resolution = torch.finfo(case.output_dtype).eps / 4
-    if limit * per_limit < max(LEAST_SHARE, resolution):
-        says = (
-            f"memory.{key}: {limit:g} leaves the memory at most {limit * per_limit:.1e} of its layer's output, when "
-            f"{chunks - 1} updates have been written and whatever it learns"
-        )
-        if resolution > LEAST_SHARE:
-            says += f"; {str(case.output_dtype).removeprefix('torch.')} rounds off what is below {resolution:.1e}"
-        fix = f"memory.{key}: null (clip only what diverges), or {0.1 / per_limit:.1g}, which allows a tenth"
-        yield Finding("lint.clip", Severity.FATAL, says, fix)
-
-
-@check("Exposure")
-def _exposure(case: Case) -> Iterator[Finding]:
-    if case.memory.exposure > 0 and case.memory.chunk_size > 1:
-        says = (
-            f"memory.exposure is {case.memory.exposure:g}: while training, a token reads up to "
-            f"{case.memory.chunk_size - 1} tokens that come after it, its label among them; evaluation runs without "
-            "it, so its loss is another quantity than the training loss"
-        )
-        yield Finding("lint.exposure", Severity.WARNING, says, "memory.exposure: 0")
-
-
-@check("Half-precision weights")
-def _half_weights(case: Case) -> Iterator[Finding]:
+def _half_weights(case: TextCase) -> Iterator[Finding]:
     """AdamW in place on weights of 16 bits: a step is about the learning rate, whatever the gradient."""
     if case.recipe.mode not in ("all", "memory+layers") or not case.adam:
         return
@@ -178,8 +76,7 @@ def _half_weights(case: Case) -> Iterator[Finding]:
             yield Finding("lint.half_weights", Severity.WARNING, says, fix)
 
 
-@check("Training steps")
-def _steps(case: Case) -> Iterator[Finding]:
+def _steps(case: TextCase) -> Iterator[Finding]:
     steps, epochs = case.number("max_steps"), case.number("num_train_epochs")
     if steps > 0:
         return
@@ -194,23 +91,7 @@ def _steps(case: Case) -> Iterator[Finding]:
         yield Finding("lint.steps", Severity.FATAL, f"trainer.num_train_epochs is {epochs:g}: nothing is trained", fix)
 
 
-@check("Learning rates")
-def _learning_rates(case: Case) -> Iterator[Finding]:
-    rates = {"trainer.learning_rate": case.number("learning_rate")}
-    if case.recipe.memory is not None and case.recipe.memory_learning_rate is not None:
-        rates["memory_learning_rate"] = case.recipe.memory_learning_rate
-        if case.recipe.mode == "memory":
-            rates.pop("trainer.learning_rate")  # drives nothing
-    for key, rate in rates.items():
-        if rate <= 0:
-            yield Finding("lint.learning_rate", Severity.FATAL, f"{key} is {rate:g}: nothing is learnt", f"{key}: 1e-3")
-        elif rate > 1 and case.adam:
-            says = f"{key} is {rate:g}: AdamW moves every weight by about that in each step, and weights are below 1"
-            yield Finding("lint.learning_rate", Severity.WARNING, says, f"{key}: 1e-3")
-
-
-@check("Evaluation sources")
-def _overlapping_sources(case: Case) -> Iterator[Finding]:
+def _overlapping_sources(case: TextCase) -> Iterator[Finding]:
     text = case.text
     if not text.has_eval_data:
         return  # held out by the hash of a document's name: none is in both
@@ -239,8 +120,7 @@ def _overlapping_sources(case: Case) -> Iterator[Finding]:
         )
 
 
-@check("Evaluation documents")
-def _overlapping_documents(case: Case) -> Iterator[Finding]:
+def _overlapping_documents(case: TextCase) -> Iterator[Finding]:
     """Sequences (``cut``) or documents (``concatenate``) of equal tokens in training and evaluation data.
 
     Looked for in the first ``_COMPARED_TOKENS`` tokens of the training data. Of concatenated documents that
@@ -262,8 +142,7 @@ def _overlapping_documents(case: Case) -> Iterator[Finding]:
         yield Finding("lint.overlap", Severity.WARNING, says, fix)
 
 
-@check("Evaluation contexts")
-def _contexts(case: Case) -> Iterator[Finding]:
+def _contexts(case: TextCase) -> Iterator[Finding]:
     section, length = case.recipe.evaluate, case.text.sequence_length
     longest = length if case.data is None else int(case.data.statistics.eval.piece_tokens.max())
     block = section.block or max(1, length // 8)
@@ -296,3 +175,15 @@ def _pieces(dataset: Any, rows: int) -> Iterator[tuple[str, np.ndarray]]:
         for tokens, ids, names in zip(block["input_ids"], block["document_ids"], block[NAMES_COLUMN], strict=True):
             real = ids >= 0
             yield from zip(names, np.split(tokens[real], np.flatnonzero(np.diff(ids[real])) + 1), strict=True)
+
+
+CHECKS: dict[str, Callable[[TextCase], Iterable[Finding]]] = {
+    **MEMORY_CHECKS,
+    "Short documents": _short_documents,
+    "Half-precision weights": _half_weights,
+    "Training steps": _steps,
+    "Evaluation sources": _overlapping_sources,
+    "Evaluation documents": _overlapping_documents,
+    "Evaluation contexts": _contexts,
+}
+"""The checks by their titles, in the order in which they are told."""

@@ -140,26 +140,34 @@ def doctor(
 
     Loads the recipe's model and one batch of its data, measures, and writes
     report.html and diagnosis.json. Exit code 0: healthy, 1: warnings, 2: it
-    will not learn. Takes recipes of either memory: fast weights (inlay train)
-    and soft tokens (inlay compress train).
+    will not learn. Takes recipes of either memory: fast weights (inlay train;
+    text or Moshi) and soft tokens (inlay compress train).
     """
-    from inlay.doctor.compress_recipes import examine_compress_recipe, is_compress_recipe
+    from inlay.doctor.compress_recipes import examine_compress_recipe
     from inlay.doctor.recipes import examine_recipe
     from inlay.train import load_recipe
     from inlay.train.compress_recipe import load_compress_recipe
+    from inlay.train.kinds import recipe_kind
 
     with console.status("") as status:
 
         def progress(name: str) -> None:
             status.update(f"examining: {name}")
 
-        if is_compress_recipe(recipe):
+        kind = recipe_kind(recipe)
+        if kind == "compress":
             if budget is not None:
                 raise typer.BadParameter("memory is planned for recipes of fast weights alone", param_hint="--budget")
             diagnosis = examine_compress_recipe(load_compress_recipe(recipe, overrides or ()), progress=progress)
+        elif kind == "moshi":
+            from inlay.doctor.moshi_recipes import examine_moshi_recipe
+            from inlay.train.moshi_recipe import load_moshi_recipe
+
+            loaded = load_moshi_recipe(recipe, overrides or ())
+            diagnosis = examine_moshi_recipe(loaded, source=recipe, budget_gb=budget, progress=progress)
         else:
-            loaded = load_recipe(recipe, overrides or ())
-            diagnosis = examine_recipe(loaded, source=recipe, budget_gb=budget, progress=progress)
+            text = load_recipe(recipe, overrides or ())
+            diagnosis = examine_recipe(text, source=recipe, budget_gb=budget, progress=progress)
     diagnosis.print(console)
     figures, report = diagnosis.write(output or Path("runs") / "doctor" / diagnosis.subject)
     console.print(f"figures: {figures}\nreport: {report}", soft_wrap=True)

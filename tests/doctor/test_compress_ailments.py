@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from inlay.cli import app
 from inlay.doctor import Diagnosis, compress
 from inlay.doctor.compress_overfit import overfit_one_batch
-from inlay.doctor.compress_recipes import examine_compress_recipe, is_compress_recipe
+from inlay.doctor.compress_recipes import examine_compress_recipe
 from inlay.train.base_lm import build_base_lm
 from inlay.train.compress_recipe import load_compress_recipe
+from inlay.train.kinds import recipe_kind
 
 RECIPES = Path(__file__).parents[2] / "src" / "inlay" / "recipes"
 
@@ -104,11 +105,12 @@ def test_a_decoder_that_was_trained_is_taken_from_the_cache(tmp_path: Path, monk
     assert diagnosis.exit_code == 2
 
 
-def test_recipes_of_either_memory_are_told_apart() -> None:
-    assert is_compress_recipe(RECIPES / "facts.yaml")
-    assert all(is_compress_recipe(path) for path in (RECIPES / "ailments").glob("soft_*.yaml"))
-    assert not any(is_compress_recipe(RECIPES / name) for name in ("recall.yaml", "stdlib.yaml", "missing.yaml"))
-    assert not is_compress_recipe(RECIPES / "ailments" / "clipped.yaml")
+def test_recipes_of_every_kind_are_told_apart() -> None:
+    kinds = {name: recipe_kind(RECIPES / f"{name}.yaml") for name in ("facts", "terse", "recall", "stdlib", "moshi")}
+    assert kinds == {"facts": "compress", "terse": "compress", "recall": "text", "stdlib": "text", "moshi": "moshi"}
+    assert {recipe_kind(path) for path in (RECIPES / "ailments").glob("soft_*.yaml")} == {"compress"}
+    assert recipe_kind(RECIPES / "ailments" / "clipped.yaml") == "text"
+    assert recipe_kind(RECIPES / "missing.yaml") == "text"
 
 
 def test_the_command_takes_a_recipe_of_soft_tokens_and_terminal_html_and_json_tell_the_same(tmp_path: Path) -> None:

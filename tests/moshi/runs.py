@@ -28,8 +28,17 @@ def make_toy(folder: Path) -> MoshiCheckpoint:
     return load_checkpoint(write_toy_checkpoint(folder, sizes=SIZES), dtype=torch.float32)
 
 
-def make_store(folder: Path, checkpoint: MoshiCheckpoint, *, files: int = 4, frames: int = 120, seed: int = 0) -> Path:
-    """Conversations of random codes in which Moshi says one phrase again every 40 frames."""
+def make_store(
+    folder: Path,
+    checkpoint: MoshiCheckpoint,
+    *,
+    files: int = 4,
+    frames: int = 120,
+    seed: int = 0,
+    words: bool = True,
+    period: int = PERIOD,
+) -> Path:
+    """Conversations of random codes in which Moshi says one phrase again every ``period`` frames, aloud or silently."""
     tokenizer = checkpoint.text_tokenizer
     identity = identity_of(checkpoint, Interleaver(tokenizer))
     generator = np.random.default_rng(seed)
@@ -39,12 +48,13 @@ def make_store(folder: Path, checkpoint: MoshiCheckpoint, *, files: int = 4, fra
         for number in range(files):
             codes = generator.integers(0, card, (16, frames)).astype(np.int16)
             text = np.full(frames, 3, np.int32)
-            text[::4] = generator.integers(10, text_card, len(text[::4]))
+            if words:
+                text[::4] = generator.integers(10, text_card, len(text[::4]))
             returns = []
-            for again in range(PERIOD, frames - PHRASE + 1, PERIOD):
+            for again in range(period, frames - PHRASE + 1, period):
                 codes[:8, again : again + PHRASE] = codes[:8, :PHRASE]
                 text[again : again + PHRASE] = text[:PHRASE]
-                at = [x / FRAME_RATE for x in (again, again + PHRASE, again - PERIOD, again - PERIOD + PHRASE)]
+                at = [x / FRAME_RATE for x in (again, again + PHRASE, again - period, again - period + PHRASE)]
                 returns.append(Return(*at))
             name = f"{folder.name}-{number}"
             stamp = FileStamp(name, 1, 1, hashlib.sha256(f"{seed} {name}".encode()).hexdigest())

@@ -260,19 +260,19 @@ class _Probe:
 
     def measure(self, setting: str, *, exposed: bool = False) -> Leak:
         """Run the batch as it is and with the tokens replaced; with the exposure of training if ``exposed``."""
+        change, changed, reach = 0.0, 0, 0
         with undisturbed(self.model, self.memory, exposed=exposed):
             before = logits_of(self.model, self.batch)
-            after = [logits_of(self.model, {**self.batch, "input_ids": ids}) for ids in self._replaced]
+            for chosen, ids in zip(self._rounds, self._replaced, strict=True):
+                logits = logits_of(self.model, {**self.batch, "input_ids": ids})
+                for row, place in chosen:
+                    real = self._within[row, :place] >= 0
+                    moved = (logits[row, :place] - before[row, :place]).float().abs().amax(-1) * real
+                    if bool(moved.any()):
+                        changed += 1
+                        change = max(change, float(moved.max()))
+                        reach = max(reach, place - int(moved.nonzero()[0]))
         self.resolution = torch.finfo(before.dtype).eps
-        change, changed, reach = 0.0, 0, 0
-        for chosen, logits in zip(self._rounds, after, strict=True):
-            for row, place in chosen:
-                real = self._within[row, :place] >= 0
-                moved = (logits[row, :place] - before[row, :place]).float().abs().amax(-1) * real
-                if bool(moved.any()):
-                    changed += 1
-                    change = max(change, float(moved.max()))
-                    reach = max(reach, place - int(moved.nonzero()[0]))
         real = self._within >= 0
         rms = float(before[real].float().pow(2).mean().sqrt())
         return Leak(setting, change, change / rms if rms else 0.0, changed, reach, self._bits(before))

@@ -24,15 +24,9 @@ from inlay.doctor.examine import Progress
 from inlay.train.base_lm import base_outcome, build_base_lm, untrained_lm
 from inlay.train.compress import build_task, load_decoder
 from inlay.train.compress_recipe import CompressRecipe
-from inlay.train.kinds import recipe_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-def is_compress_recipe(path: str | Path) -> bool:
-    """Whether the file is a recipe of soft tokens; False for what is no recipe at all."""
-    return recipe_kind(Path(path)) == "compress"
 
 
 def examine_compress_recipe(

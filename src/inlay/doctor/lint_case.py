@@ -17,7 +17,7 @@ from inlay.fastweight import FastWeightConfig
 if TYPE_CHECKING:  # the trainer's callbacks import the doctor
     from inlay.train import Recipe
 
-_TYPICAL_STD = 0.02
+TYPICAL_STD = 0.02
 """Standard deviation of the weights of a model that does not tell its own (``initializer_range``)."""
 
 
@@ -171,9 +171,9 @@ class TextCase(Case):
     def weight_std(self) -> float:
         """Standard deviation of the base weights, by the model's own account or a typical one."""
         try:
-            return float(self.architecture.get_text_config().initializer_range or _TYPICAL_STD)
+            return float(self.architecture.get_text_config().initializer_range or TYPICAL_STD)
         except (NotChecked, AttributeError):
-            return _TYPICAL_STD
+            return TYPICAL_STD
 
     @property
     def weight_dtype(self) -> torch.dtype:

@@ -36,7 +36,7 @@ from inlay.train.moshi_recipe import MoshiRecipe, load_moshi_recipe
 from inlay.train.moshi_trainer import FINETUNED, MoshiTrainer
 from inlay.train.yaml_recipe import RecipeError
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def train_moshi(
     set_seed(recipe.seed)
     data = load_sequences(recipe.data)
     checkpoint = load_checkpoint(
-        recipe.moshi_paths.hf_repo_id, device=arguments.device, dtype=_DTYPES[recipe.param_dtype]
+        recipe.moshi_paths.hf_repo_id, device=arguments.device, dtype=DTYPES[recipe.param_dtype]
     )
     refuse_other_codes(data, checkpoint)
     lm, memory = build_moshi(recipe, checkpoint)
@@ -178,7 +178,7 @@ def load_moshi_run(directory: Path, *, device: str | torch.device | None = None,
             f"the run in {directory} has not finished; go on with: inlay train {directory / RECIPE} --resume"
         )
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = load_checkpoint(recipe.moshi_paths.hf_repo_id, device=where, dtype=_DTYPES[recipe.param_dtype])
+    checkpoint = load_checkpoint(recipe.moshi_paths.hf_repo_id, device=where, dtype=DTYPES[recipe.param_dtype])
     lm, memory = load_finetuned(checkpoint, directory / FINETUNED, **overrides)
     if recipe.yarn is not None:
         apply_yarn(lm, recipe.yarn)

@@ -1,0 +1,103 @@
+"""``inlay doctor RECIPE`` where the recipe is one of Moshi: its codes and its model, examined before training."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from transformers import set_seed
+
+from inlay.data.problems import DataError
+from inlay.doctor.diagnosis import Diagnosis
+from inlay.doctor.examine import Progress, examine
+from inlay.doctor.findings import Examination
+from inlay.doctor.moshi_lint import MoshiCase, lint_moshi
+from inlay.doctor.moshi_model import MoshiCausalLM
+from inlay.doctor.recipes import MEASURED
+from inlay.evaluate.scoring import device_of
+from inlay.moshi.model import MoshiForTraining
+from inlay.moshi.sequences import MoshiSequences, SequenceConfig, collate_sequences, load_sequences
+from inlay.moshi.weights import load_checkpoint
+from inlay.report.provenance import provenance
+from inlay.train.moshi import DTYPES, build_moshi
+from inlay.train.moshi_recipe import MoshiRecipe
+from inlay.train.yaml_recipe import RecipeError
+
+_BEFORE_IT_IS_BUILT = {"lint.layers", "lint.other_codes"}
+"""Findings with which the model is not built: it could not be given its memory, or not be trained on these codes."""
+
+
+def examine_moshi_recipe(
+    recipe: MoshiRecipe, *, source: Path | None = None, budget_gb: float | None = None, progress: Progress | None = None
+) -> Diagnosis:
+    """Say whether the recipe's memory will learn from these conversations.
+
+    Args:
+        recipe: A checked recipe with a memory.
+        source: The file it was read from, for the headings.
+        budget_gb: Memory that a training step may take, in GB (10⁹ bytes); the recipe's own, or the machine's, when not
+            given.
+        progress: Called with the name of each examination before it is made.
+
+    Raises:
+        RecipeError: The recipe has no memory.
+        DataError: Its codes cannot be read.
+        MoshiWeightsError: Its model's files are not all there.
+    """
+    if recipe.memory is None:
+        raise RecipeError(f"{source or recipe.name} has no memory (memory: null): there is nothing to examine")
+    tell = progress or (lambda name: None)
+    made: dict[str, Examination] = {}
+    skipped: dict[str, str] = {}
+
+    def stop(why: str) -> Diagnosis:
+        return Diagnosis(recipe.name, made, {**skipped, **dict.fromkeys(MEASURED, why)}, provenance())
+
+    tell("lint")
+    set_seed(recipe.seed)
+    device = "cuda" if torch.cuda.is_available() and not recipe.trainer.get("use_cpu") else "cpu"
+    checkpoint = load_checkpoint(recipe.moshi_paths.hf_repo_id, device=device, dtype=DTYPES[recipe.param_dtype])
+    data = load_sequences(recipe.data)
+    made["lint"] = lint_moshi(MoshiCase(recipe, checkpoint, data), source=source)
+    if any(finding.code in _BEFORE_IT_IS_BUILT for finding in made["lint"].findings()):
+        return stop("the model was not built, see the lint")
+    tell("model")
+    lm, _ = build_moshi(recipe, checkpoint)
+    task = MoshiForTraining(lm, recipe.loss)
+    model = MoshiCausalLM(task)
+    mixed = torch.autocast(device, torch.bfloat16) if recipe.param_dtype == "bfloat16" else nullcontext()
+    try:
+        with mixed:
+            measured = examine(
+                model,
+                _batch(model, data.train, recipe),
+                longer_batch=_longer_batch(model, recipe),
+                frame_rate=recipe.doctor.frame_rate,
+                progress=progress,
+            )
+    finally:
+        task.restore()
+    return Diagnosis(recipe.name, {**measured.examinations, **made}, skipped, provenance())
+
+
+def _batch(model: MoshiCausalLM, sequences: MoshiSequences, recipe: MoshiRecipe) -> dict[str, Tensor]:
+    """One real batch: sequences drawn by the recipe's seed."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    chosen = torch.randperm(len(sequences), generator=generator)[: recipe.batch_size].tolist()
+    batch = collate_sequences([sequences[index] for index in chosen])
+    device = device_of(model)
+    return model.batch(batch["codes"].to(device), batch["documents"].to(device))
+
+
+def _longer_batch(model: MoshiCausalLM, recipe: MoshiRecipe) -> dict[str, Tensor] | None:
+    """The same conversations in sequences twice as long; None where they, or what a recipe may ask for, end before."""
+    try:
+        config = SequenceConfig.model_validate(
+            recipe.data.model_dump() | {"duration_sec": 2 * recipe.duration_sec, "min_sec": 2 * recipe.duration_sec}
+        )
+        return _batch(model, load_sequences(config).train, recipe)
+    except (ValidationError, DataError):
+        return None

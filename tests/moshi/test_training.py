@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import wave
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from rich.console import Console
 from typer.testing import CliRunner
 
 from inlay import MemoryNeverReadError
@@ -271,3 +273,15 @@ def test_two_processes_train_what_one_trains(toy: MoshiCheckpoint, store: Path, 
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in logged]
     assert len(losses[1]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_memory_that_its_clip_keeps_from_learning_is_told_of_as_the_doctor_does(
+    toy: MoshiCheckpoint, store: Path, tmp_path: Path
+) -> None:
+    memory = {"layers": [0, 2], "chunk_size": 16, "eta": 1e-3, "max_update_norm": 1e-7, "init": {"normal": 0.1}}
+    console = Console(file=StringIO(), width=150)
+    recipe = make_recipe(toy, store, memory=memory, max_steps=4)
+    train_moshi(recipe, tmp_path / "run", console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "The memory does not learn" in said
+    assert "clip" in said[said.index("The memory does not learn") :]

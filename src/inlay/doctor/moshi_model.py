@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from inlay.data.packing import NO_LABEL
+from inlay.evaluate.scoring import device_of
 from inlay.moshi.inputs import embed, training_steps
 from inlay.moshi.model import MoshiForTraining
+from inlay.moshi.sequences import MoshiSequences, collate_sequences
 
 
 class MoshiCausalLM(nn.Module):
@@ -45,6 +48,13 @@ class MoshiCausalLM(nn.Module):
         predicted = steps.targets[:, 0].masked_fill(~steps.mask[:, 0], NO_LABEL)
         labels = F.pad(predicted[:, :-1], (1, 0), value=NO_LABEL)  # transformers' convention: a label is not shifted
         return {"input_ids": steps.read.mT, "labels": labels, "document_ids": documents, "codes": codes}
+
+    def sample(self, sequences: MoshiSequences, rows: int, seed: int) -> dict[str, Tensor]:
+        """Such a batch of ``rows`` sequences, drawn by ``seed``, where the model is."""
+        chosen = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))[:rows].tolist()
+        batch = collate_sequences([sequences[index] for index in chosen])
+        device = device_of(self)
+        return self.batch(batch["codes"].to(device), batch["documents"].to(device))
 
     def forward(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,12 +16,11 @@ from inlay.doctor.findings import Examination
 from inlay.doctor.moshi_lint import MoshiCase, lint_moshi
 from inlay.doctor.moshi_model import MoshiCausalLM
 from inlay.doctor.recipes import MEASURED
-from inlay.evaluate.scoring import device_of
 from inlay.moshi.model import MoshiForTraining
-from inlay.moshi.sequences import MoshiSequences, SequenceConfig, collate_sequences, load_sequences
+from inlay.moshi.sequences import SequenceConfig, load_sequences
 from inlay.moshi.weights import load_checkpoint
 from inlay.report.provenance import provenance
-from inlay.train.moshi import DTYPES, build_moshi
+from inlay.train.moshi import DTYPES, build_moshi, mixed_precision
 from inlay.train.moshi_recipe import MoshiRecipe
 from inlay.train.yaml_recipe import RecipeError
 
@@ -68,12 +66,11 @@ def examine_moshi_recipe(
     lm, _ = build_moshi(recipe, checkpoint)
     task = MoshiForTraining(lm, recipe.loss)
     model = MoshiCausalLM(task)
-    mixed = torch.autocast(device, torch.bfloat16) if recipe.param_dtype == "bfloat16" else nullcontext()
     try:
-        with mixed:
+        with mixed_precision(recipe, device):
             measured = examine(
                 model,
-                _batch(model, data.train, recipe),
+                model.sample(data.train, recipe.batch_size, recipe.seed),
                 longer_batch=_longer_batch(model, recipe),
                 frame_rate=recipe.doctor.frame_rate,
                 progress=progress,
@@ -83,21 +80,12 @@ def examine_moshi_recipe(
     return Diagnosis(recipe.name, {**measured.examinations, **made}, skipped, provenance())
 
 
-def _batch(model: MoshiCausalLM, sequences: MoshiSequences, recipe: MoshiRecipe) -> dict[str, Tensor]:
-    """One real batch: sequences drawn by the recipe's seed."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    chosen = torch.randperm(len(sequences), generator=generator)[: recipe.batch_size].tolist()
-    batch = collate_sequences([sequences[index] for index in chosen])
-    device = device_of(model)
-    return model.batch(batch["codes"].to(device), batch["documents"].to(device))
-
-
 def _longer_batch(model: MoshiCausalLM, recipe: MoshiRecipe) -> dict[str, Tensor] | None:
     """The same conversations in sequences twice as long; None where they, or what a recipe may ask for, end before."""
     try:
         config = SequenceConfig.model_validate(
             recipe.data.model_dump() | {"duration_sec": 2 * recipe.duration_sec, "min_sec": 2 * recipe.duration_sec}
         )
-        return _batch(model, load_sequences(config).train, recipe)
+        return model.sample(load_sequences(config).train, recipe.batch_size, recipe.seed)
     except (ValidationError, DataError):
         return None

@@ -25,6 +25,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, has_length
@@ -265,6 +268,18 @@ def starvation(norms: Mapping[str, float], groups: Groups, epsilon: float) -> st
         ratio = own / rms[BASE]
         return f"{says}, {ratio:.1e} of what their base down projection gets" if ratio < WEAK else None
     return f"{says}, below AdamW's epsilon ({epsilon:g})" if own < epsilon else None
+
+
+def monitor_on(console: Console, memory: Memory, diagnose: Callable[[], str]) -> MemoryMonitor:
+    """A monitor that warns on ``console``, or in the log where that is quiet."""
+    if console.quiet:
+        return MemoryMonitor(memory, diagnose=diagnose)
+
+    def alarm(text: str) -> None:
+        title = "[bold]The memory does not learn[/]"
+        console.print(Panel(escape(text), title=title, title_align="left", border_style="red"))
+
+    return MemoryMonitor(memory, diagnose=diagnose, alarm=alarm)
 
 
 def _with_blocks(name: str, whole: float, by_block: Mapping[int, float]) -> dict[str, float]:

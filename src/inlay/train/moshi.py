@@ -11,6 +11,7 @@ runs/NAME/
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from rich.console import Console
 from transformers import set_seed
 
 from inlay.data.problems import DataError
+from inlay.doctor.attribution import attribute_gradients
+from inlay.doctor.moshi_model import MoshiCausalLM
 from inlay.fastweight import Memory, attach
 from inlay.moshi.checkpoint import load_finetuned
 from inlay.moshi.duplex import Moshi
@@ -31,7 +34,7 @@ from inlay.moshi.sequences import MoshiData, collate_sequences, load_sequences
 from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
 from inlay.moshi.yarn import apply_yarn
 from inlay.train.directory import DONE, RECIPE, RunError, begin_run, refuse_another_run, run_trainer, training_arguments
-from inlay.train.monitor import MemoryMonitor
+from inlay.train.monitor import monitor_on
 from inlay.train.moshi_recipe import MoshiRecipe, load_moshi_recipe
 from inlay.train.moshi_trainer import FINETUNED, MoshiTrainer
 from inlay.train.yaml_recipe import RecipeError
@@ -109,13 +112,21 @@ def train_moshi(
         begin_run(directory, recipe)
     processes.wait_for_everyone()
     task = MoshiForTraining(lm, recipe.loss)
+
+    def diagnose() -> str:
+        assert memory is not None
+        model = MoshiCausalLM(task)
+        with mixed_precision(recipe, arguments.device.type):
+            batch = model.sample(data.train, recipe.batch_size, recipe.seed)
+            return attribute_gradients(memory, model, batch).sentence
+
     trainer = MoshiTrainer(
         checkpoint_config=checkpoint_config(checkpoint),
         pct_start=recipe.optim.pct_start,
         muon=recipe.optim.muon,
         memory=memory,
         memory_learning_rate=recipe.optim.memory_lr,
-        monitor=None if memory is None else MemoryMonitor(memory),
+        monitor=None if memory is None else monitor_on(console, memory, diagnose),
         model=task,
         args=arguments,
         train_dataset=data.train,
@@ -156,6 +167,11 @@ def build_moshi(recipe: MoshiRecipe, checkpoint: MoshiCheckpoint) -> tuple[LMMod
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()
     return lm, memory
+
+
+def mixed_precision(recipe: MoshiRecipe, device: str) -> AbstractContextManager[object]:
+    """What the Trainer runs the model in: bfloat16's autocast where the base model is bfloat16."""
+    return torch.autocast(device, torch.bfloat16) if recipe.param_dtype == "bfloat16" else nullcontext()
 
 
 def load_moshi_run(directory: Path, *, device: str | torch.device | None = None, **overrides: Any) -> MoshiRun:

@@ -21,8 +21,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
-from rich.markup import escape
-from rich.panel import Panel
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
@@ -39,7 +37,7 @@ from inlay.train.directory import (
     run_trainer,
     training_arguments,
 )
-from inlay.train.monitor import MemoryMonitor
+from inlay.train.monitor import MemoryMonitor, monitor_on
 from inlay.train.recipe import Recipe, RecipeError, load_recipe
 from inlay.train.trainer import InlayTrainer
 from inlay.train.weights import ADAPTER, MEMORY, MODEL, save_base
@@ -184,20 +182,13 @@ def _refuse_unreadable(recipe: Recipe, data: Data, memory: Memory | None) -> Non
 def _monitor(
     memory: Memory, model: PreTrainedModel | PeftModel, data: Data, recipe: Recipe, console: Console
 ) -> MemoryMonitor:
-    """Warns on the console, or in the log where there is none, and says why as the doctor does."""
+    """Says why the memory does not learn as the doctor does."""
 
     def diagnose() -> str:
         rows = int(recipe.trainer.get("per_device_train_batch_size", 8))
         return attribute_gradients(memory, model, data.sample(rows, recipe.seed)).sentence
 
-    if console.quiet:
-        return MemoryMonitor(memory, diagnose=diagnose)
-
-    def alarm(text: str) -> None:
-        title = "[bold]The memory does not learn[/]"
-        console.print(Panel(escape(text), title=title, title_align="left", border_style="red"))
-
-    return MemoryMonitor(memory, diagnose=diagnose, alarm=alarm)
+    return monitor_on(console, memory, diagnose)
 
 
 def _data_table(data: Data, recipe: Recipe) -> Table:

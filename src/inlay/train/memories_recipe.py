@@ -80,7 +80,7 @@ class MemoriesEvaluateSection(Section):
     """What is asked."""
 
     examples: int = Field(default=256, ge=2)
-    """Questions of each task, the first of its evaluation data."""
+    """Questions of each task, spread over its evaluation data."""
 
     batch_size: int = Field(default=32, ge=1)
     """Questions per forward."""

@@ -61,9 +61,17 @@ def memory(
     from inlay.doctor.plan import plan_recipe
     from inlay.report.console import print_section
     from inlay.train import load_recipe
+    from inlay.train.kinds import recipe_kind
 
+    moshi = recipe_kind(recipe) == "moshi"
     with console.status("running the step without its numbers"):
-        plan = plan_recipe(load_recipe(recipe, overrides or ()), budget_gb=budget)
+        if moshi:
+            from inlay.doctor.plan_kyutai import plan_moshi_recipe
+            from inlay.train.moshi_recipe import load_moshi_recipe
+
+            plan = plan_moshi_recipe(load_moshi_recipe(recipe, overrides or ()), budget_gb=budget)
+        else:
+            plan = plan_recipe(load_recipe(recipe, overrides or ()), budget_gb=budget)
     print_section(console, plan.section())
     for finding in plan.findings():
         console.print(f"{finding.says}. {finding.fix}")

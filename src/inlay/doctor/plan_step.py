@@ -13,11 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
-from transformers import PreTrainedConfig, PreTrainedModel
-
-from inlay.doctor.dry_run import Trace, TrainingStep, dry_run
+from inlay.doctor.dry_run import Model, Trace, TrainingStep, dry_run
 from inlay.doctor.plan_allocations import KINDS, Kind, Moment
 from inlay.fastweight import FastWeightConfig
 
@@ -84,15 +81,11 @@ class LongestFit:
     tried: tuple[tuple[int, int], ...]
 
 
-Model: TypeAlias = "PreTrainedModel | PreTrainedConfig"
-"""What is planned for: only the architecture counts."""
-
-
 def plan_memory(model: Model, memory: FastWeightConfig, step: TrainingStep) -> MemoryPlan:
     """Predict what a training step needs at its peak.
 
     Args:
-        model: A causal LM of transformers, or its config. Nothing of it is allocated or touched.
+        model: A causal LM of transformers, its config, or another subject. Nothing of it is allocated or touched.
         memory: The memory to attach.
         step: Tokens, rows, dtype, train mode, checkpointing, optimizer.
 

@@ -63,15 +63,18 @@ def memory(
     from inlay.train import load_recipe
     from inlay.train.kinds import recipe_kind
 
-    moshi = recipe_kind(recipe) == "moshi"
-    with console.status("running the step without its numbers"):
-        if moshi:
-            from inlay.doctor.plan_kyutai import plan_moshi_recipe
+    with console.status("running the step without its numbers") as status:
+
+        def progress(what: str) -> None:
+            status.update(f"running the step without its numbers: {what}")
+
+        if recipe_kind(recipe) == "moshi":
+            from inlay.doctor.plan_moshi import plan_moshi_recipe
             from inlay.train.moshi_recipe import load_moshi_recipe
 
-            plan = plan_moshi_recipe(load_moshi_recipe(recipe, overrides or ()), budget_gb=budget)
+            plan = plan_moshi_recipe(load_moshi_recipe(recipe, overrides or ()), budget_gb=budget, progress=progress)
         else:
-            plan = plan_recipe(load_recipe(recipe, overrides or ()), budget_gb=budget)
+            plan = plan_recipe(load_recipe(recipe, overrides or ()), budget_gb=budget, progress=progress)
     print_section(console, plan.section())
     for finding in plan.findings():
         console.print(f"{finding.says}. {finding.fix}")

@@ -217,7 +217,9 @@ def _watch(memory: Memory, plain: bool, allocations: Allocations) -> tuple[tuple
         memory.detach()
     for index, layer in layers.items():
         if plain:
-            memory.decoder.site(index).projection.register_forward_hook(_require_gradient)
+            site = memory.decoder.site(index)
+            called = site.projection if site.replaced is None else site.replaced  # Kyutai's gating calls no projection
+            called.register_forward_hook(_require_gradient)
         else:
             layer.register_forward_pre_hook(_shorten)
             allocations.watch(layer, Scope(index, "memory"))

@@ -113,6 +113,7 @@ def longest_tokens(
     *,
     frame_rate: float | None = None,
     peak: Callable[[int], int] | None = None,
+    most_tokens: int = MOST_TOKENS,
 ) -> LongestFit:
     """The longest sequence whose training step fits a budget, to one chunk or 1 %.
 
@@ -123,6 +124,7 @@ def longest_tokens(
         step: What runs; its ``tokens`` do not count.
         frame_rate: Tokens per second of audio (Moshi: 12.5), to tell the length in seconds too.
         peak: Bytes at a number of tokens, where the caller keeps them; dry runs by default.
+        most_tokens: The longest sequence that can be asked for.
     """
     find = peak or (lambda tokens: dry_run(model, memory, replace(step, tokens=tokens)).peak.total)
     size = memory.chunk_size
@@ -138,8 +140,10 @@ def longest_tokens(
         most = 8 * max(a, b)  # no further in one stride: near the first lengths the weights hide the slope
         return most if at_b <= at_a else min(most, a + int((budget_bytes - at_a) / (at_b - at_a) * (b - a)))
 
-    low, high, before = 2, max(3, MOST_TOKENS // size), None
+    low, high, before = 2, max(3, most_tokens // size), None
     found, stuck = fits(low), False
+    if found and most_tokens < MOST_TOKENS and fits(high):
+        low = high
     while found and high - low > max(1, _PRECISION * low):
         width = high - low
         guess = 8 * low if before is None else crossing(before, low)

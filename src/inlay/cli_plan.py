@@ -61,9 +61,20 @@ def memory(
     from inlay.doctor.plan import plan_recipe
     from inlay.report.console import print_section
     from inlay.train import load_recipe
+    from inlay.train.kinds import recipe_kind
 
-    with console.status("running the step without its numbers"):
-        plan = plan_recipe(load_recipe(recipe, overrides or ()), budget_gb=budget)
+    with console.status("running the step without its numbers") as status:
+
+        def progress(what: str) -> None:
+            status.update(f"running the step without its numbers: {what}")
+
+        if recipe_kind(recipe) == "moshi":
+            from inlay.doctor.plan_moshi import plan_moshi_recipe
+            from inlay.train.moshi_recipe import load_moshi_recipe
+
+            plan = plan_moshi_recipe(load_moshi_recipe(recipe, overrides or ()), budget_gb=budget, progress=progress)
+        else:
+            plan = plan_recipe(load_recipe(recipe, overrides or ()), budget_gb=budget, progress=progress)
     print_section(console, plan.section())
     for finding in plan.findings():
         console.print(f"{finding.says}. {finding.fix}")

@@ -20,12 +20,11 @@ from benchmarks.measure import extra_bytes
 from benchmarks.plan import batch_of, measured_bytes
 from inlay import FastWeightConfig, attach
 from inlay.doctor import dry_run as dry_run_module
-from inlay.doctor import plan_moshi
 from inlay.doctor.dry_run import PlanError, TrainingStep, dry_run
 from inlay.doctor.findings import Severity
 from inlay.doctor.plan import RecipePlan, plan_recipe, training_step
 from inlay.doctor.plan_step import PORT_COPIES, longest_tokens, materialised_bytes, plan_memory
-from inlay.report import Report, Table, render_report
+from inlay.report import Report, render_report
 from inlay.report.console import print_section
 from inlay.train.recipe import parse_recipe
 from inlay.train.trainer import InlayTrainer
@@ -324,28 +323,3 @@ def test_the_section_shows_in_terminal_and_html_and_goes_to_json(over: RecipePla
     assert "Peak by length" in render_report(Report("Doctor", sections=[over.section()]))
     adapter = TypeAdapter(RecipePlan)
     assert adapter.validate_json(adapter.dump_json(over)) == over
-
-
-def test_moshi_learns_on_the_papers_2560_seconds_in_40_gb() -> None:
-    step = TrainingStep(32_000, mode="memory", gradient_checkpointing=True)
-    trace = dry_run(plan_moshi.moshi_config(), plan_moshi.MOSHI_MEMORY, step)
-    assert trace.shapes == ((4096, 11264),) * 3
-    assert trace.peak.total < 40e9
-    # The weights: 32 blocks of 4·D² + 3·D·F and two norms, embeddings of 32,001, head, norm in bfloat16; the memory's.
-    blocks = 32 * (4 * 4096**2 + 3 * 4096 * 11264 + 2 * 4096)
-    weights = 2 * (blocks + 64_001 * 4096 + 4096) + 3 * 4 * (4096**2 + 5 * 4096)
-    assert trace.peak.held[0] == pytest.approx(weights, rel=1e-5)  # and the rotary frequencies
-    # One copy of the updates in the materialised formula takes more than all of that together.
-    assert materialised_bytes(trace, plan_moshi.MOSHI_MEMORY, step) > 1.9 * trace.peak.total
-
-
-def test_the_moshi_table_has_a_row_for_each_way_and_marks_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_moshi, "moshi_config", lambda: SMALL)
-    monkeypatch.setattr(plan_moshi, "MOSHI_MEMORY", MEMORY.model_copy(update={"layers": [1]}))
-    answer = plan_moshi.moshi_question(0.01, seconds=[40], modes=["all"], checkpointing=[True, False])
-    assert answer.tokens == (500,)
-    (table,) = answer.section().items
-    assert isinstance(table, Table)
-    assert [str(row[1]).endswith("✗") for row in table.rows] == [False, True, False, False]
-    assert [cost.peak_bytes[0] > 10e6 for cost in answer.costs] == [False, True]
-    assert answer.costs[0].longest.tokens > answer.costs[1].longest.tokens

@@ -13,8 +13,9 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from accelerate.utils.operations import convert_to_fp32
@@ -24,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from inlay.doctor.plan_allocations import Allocations, Moment, Scope
-from inlay.fastweight import FastWeightConfig, InlayError, TrainMode, attach
+from inlay.fastweight import FastWeightConfig, InlayError, Memory, TrainMode, attach
 from inlay.fastweight.layer import FastWeightLinear
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -92,9 +93,31 @@ class Trace:
     shapes: tuple[tuple[int, int], ...]
 
 
-def dry_run(
-    model: PreTrainedModel | PreTrainedConfig, memory: FastWeightConfig, step: TrainingStep, *, plain: bool = False
-) -> Trace:
+class Subject(Protocol):
+    """What a dry run builds and trains."""
+
+    def skeleton(self, step: TrainingStep) -> nn.Module:
+        """The model on the meta device, in training mode, with the step's checkpointing."""
+        ...
+
+    def equip(self, model: nn.Module, memory: FastWeightConfig, step: TrainingStep) -> Memory:
+        """Give a skeleton its tensors and its memory, and choose what is trained. Runs among fake tensors."""
+        ...
+
+    def batch(self, step: TrainingStep) -> dict[str, Tensor]:
+        """What the data give."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """As the Trainer computes it, within the step's autocast; nothing else of the output outlives the call."""
+        ...
+
+
+Model: TypeAlias = PreTrainedModel | PreTrainedConfig | Subject
+"""What is planned for: only the architecture counts."""
+
+
+def dry_run(model: Model, memory: FastWeightConfig, step: TrainingStep, *, plain: bool = False) -> Trace:
     """Run ``step`` on tensors without numbers.
 
     Args:
@@ -109,46 +132,81 @@ def dry_run(
             or other inputs than tokens.
         AttachError: The memory does not fit the model.
     """
+    subject = CausalLm(model) if isinstance(model, PreTrainedModel | PreTrainedConfig) else model
     hidden = functools.partial(_hidden_on_cuda if step.device == "cuda" else _hidden_on_cpu, step)
     allocations = Allocations(hidden)
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")  # of sequences shorter than a chunk, of deprecated names: told elsewhere
-        base, wrapped = _architecture(model, step)
+        skeleton = subject.skeleton(step)
         with FakeTensorMode(allow_non_fake_inputs=True), allocations:
             try:
                 with allocations.booked_as("weights"):
-                    wrapped.to_empty(device="cpu")
-                    base.tie_weights()
-                    shapes = _attach(wrapped, memory, step, plain, allocations)
-                _run(wrapped, step, allocations)
+                    shapes = _watch(subject.equip(skeleton, memory, step), plain, allocations)
+                _run(subject, skeleton, step, allocations)
             except RuntimeError as error:
-                raise PlanError(f"{type(base).__name__} does not run without numbers, so no plan: {error}") from error
+                name = type(skeleton).__name__
+                raise PlanError(f"{name} does not run without numbers, so no plan: {error}") from error
     assert allocations.peak is not None
     return Trace(allocations.peak, shapes)
 
 
-def _architecture(source: PreTrainedModel | PreTrainedConfig, step: TrainingStep) -> tuple[PreTrainedModel, nn.Module]:
-    """The base model on the meta device, and the same with LoRA adapters if the step has them."""
-    dtype = getattr(torch, step.dtype)
-    base: PreTrainedModel
-    with torch.device("meta"):
-        if isinstance(source, PreTrainedModel):
-            base = type(source)._from_config(source.config, dtype=dtype)
-        else:
-            base = AutoModelForCausalLM.from_config(source, dtype=dtype)
-        base.train()
-        if step.gradient_checkpointing:
-            getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
-        if step.lora is None:
-            return base, base
-        return base, get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **step.lora))
+@dataclass(frozen=True)
+class CausalLm:
+    """A causal LM of transformers, with PEFT's adapters if the step has them."""
+
+    source: PreTrainedModel | PreTrainedConfig
+
+    def skeleton(self, step: TrainingStep) -> nn.Module:
+        """See :class:`Subject`."""
+        dtype = getattr(torch, step.dtype)
+        base: PreTrainedModel
+        with torch.device("meta"):
+            if isinstance(self.source, PreTrainedModel):
+                base = type(self.source)._from_config(self.source.config, dtype=dtype)
+            else:
+                base = AutoModelForCausalLM.from_config(self.source, dtype=dtype)
+            base.train()
+            if step.gradient_checkpointing:
+                getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
+            if step.lora is None:
+                return base
+            return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **step.lora))
+
+    def equip(self, model: nn.Module, memory: FastWeightConfig, step: TrainingStep) -> Memory:
+        """See :class:`Subject`."""
+        model.to_empty(device="cpu")
+        next(module for module in model.modules() if isinstance(module, PreTrainedModel)).tie_weights()
+        return attach(model, memory).train_only(step.mode)
+
+    def batch(self, step: TrainingStep) -> dict[str, Tensor]:
+        """What :func:`inlay.data.collate` gives: documents of one length, or one per row, with or without padding."""
+        place = torch.arange(step.tokens).repeat(step.batch_size, 1)
+        documents = place // (step.document_tokens or step.tokens)
+        batch = {
+            "input_ids": torch.zeros_like(place),
+            "labels": torch.zeros_like(place),
+            "document_ids": documents,
+            "position_ids": place % (step.document_tokens or step.tokens),
+            "attention_mask": torch.ones_like(place),
+        }
+        if step.padded:
+            for name, value in {"labels": -100, "document_ids": -1, "position_ids": 0, "attention_mask": 0}.items():
+                batch[name][:, -1] = value
+        if bool((documents > 0).any()):
+            del batch["attention_mask"]
+        return batch
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """As ``Trainer`` and accelerate compute it."""
+        output = model(**batch, use_cache=False)
+        if torch.is_autocast_enabled("cpu"):
+            output = convert_to_fp32(output)
+        loss: Tensor = output.loss
+        return loss
 
 
-def _attach(
-    model: nn.Module, config: FastWeightConfig, step: TrainingStep, plain: bool, allocations: Allocations
-) -> tuple[tuple[int, int], ...]:
-    """Attach the memory and watch the parts of the model; (D, F) of each memory layer."""
-    memory = attach(model, config).train_only(step.mode)
+def _watch(memory: Memory, plain: bool, allocations: Allocations) -> tuple[tuple[int, int], ...]:
+    """Watch the parts of the model; (D, F) of each memory layer. ``plain`` takes the memory off again."""
     layers = dict(memory.layers)
     for index, block in enumerate(memory.decoder.blocks):
         allocations.watch(block, Scope(index, "blocks"))
@@ -159,14 +217,16 @@ def _attach(
         memory.detach()
     for index, layer in layers.items():
         if plain:
-            memory.decoder.site(index).projection.register_forward_hook(_require_gradient)
+            site = memory.decoder.site(index)
+            called = site.projection if site.replaced is None else site.replaced  # Kyutai's gating calls no projection
+            called.register_forward_hook(_require_gradient)
         else:
             layer.register_forward_pre_hook(_shorten)
             allocations.watch(layer, Scope(index, "memory"))
     return tuple((layer.out_features, layer.in_features) for layer in layers.values())
 
 
-def _run(model: nn.Module, step: TrainingStep, allocations: Allocations) -> None:
+def _run(subject: Subject, model: nn.Module, step: TrainingStep, allocations: Allocations) -> None:
     """The step, after the update of the step before it."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -176,7 +236,7 @@ def _run(model: nn.Module, step: TrainingStep, allocations: Allocations) -> None
 
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
-    batch = _batch(step)
+    batch = subject.batch(step)
     optimizer = _optimizer(trained, step)
 
     def update() -> None:
@@ -195,7 +255,9 @@ def _run(model: nn.Module, step: TrainingStep, allocations: Allocations) -> None
 
     allocations.peak = None
     allocations.phase = "forward"
-    loss = _loss(model, batch, step)
+    mixed = nullcontext() if step.autocast is None else torch.autocast("cpu", dtype=getattr(torch, step.autocast))
+    with mixed:
+        loss = subject.loss(model, batch)
     allocations.phase = "backward"
     loss.backward()  # type: ignore[no-untyped-call]
     del loss
@@ -220,34 +282,6 @@ def _shorten(layer: FastWeightLinear, args: tuple[Tensor]) -> None:
 
 def _require_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output if output.requires_grad else output.requires_grad_()
-
-
-def _batch(step: TrainingStep) -> dict[str, Tensor]:
-    """What :func:`inlay.data.collate` gives: documents of one length, or one per row, with or without padding."""
-    place = torch.arange(step.tokens).repeat(step.batch_size, 1)
-    documents = place // (step.document_tokens or step.tokens)
-    batch = {
-        "input_ids": torch.zeros_like(place),
-        "labels": torch.zeros_like(place),
-        "document_ids": documents,
-        "position_ids": place % (step.document_tokens or step.tokens),
-        "attention_mask": torch.ones_like(place),
-    }
-    if step.padded:
-        for name, value in {"labels": -100, "document_ids": -1, "position_ids": 0, "attention_mask": 0}.items():
-            batch[name][:, -1] = value
-    if bool((documents > 0).any()):
-        del batch["attention_mask"]
-    return batch
-
-
-def _loss(model: nn.Module, batch: Mapping[str, Tensor], step: TrainingStep) -> Tensor:
-    """As ``Trainer`` and accelerate compute it; nothing else of the model's output outlives the call."""
-    if step.autocast is None:
-        return model(**batch, use_cache=False).loss
-    with torch.autocast("cpu", dtype=getattr(torch, step.autocast)):
-        output = model(**batch, use_cache=False)
-    return convert_to_fp32(output).loss
 
 
 def _optimizer(parameters: list[nn.Parameter], step: TrainingStep) -> torch.optim.Optimizer | None:

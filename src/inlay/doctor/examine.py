@@ -29,6 +29,7 @@ def examine(
     *,
     longer_batch: Mapping[str, Tensor] | None = None,
     frame_rate: float | None = None,
+    length_key: str = "data.sequence_length",
     progress: Progress | None = None,
 ) -> Diagnosis:
     """Say whether, and why, the memory of ``model`` learns or does not.
@@ -38,6 +39,7 @@ def examine(
         batch: One real batch: ``input_ids`` and ``labels`` ``[B, T]`` and what else :func:`inlay.data.collate` gives.
         longer_batch: The same data in sequences twice as long, to see what length alone would change.
         frame_rate: Frames per second where tokens are frames of audio, so that lengths are told in seconds too.
+        length_key: The recipe's key for a length, for the fixes.
         progress: See :data:`Progress`.
 
     Raises:
@@ -47,7 +49,7 @@ def examine(
     if memory is None:
         raise AttachError(f"{type(model).__name__} has no memory to examine; give it one with inlay.attach")
     steps: dict[str, Callable[[], Examination]] = {
-        "reach": lambda: examine_reach(batch, memory.config, frame_rate=frame_rate),
+        "reach": lambda: examine_reach(batch, memory.config, frame_rate=frame_rate, length_key=length_key),
         "gradients": lambda: attribute_gradients(memory, model, batch, longer_batch=longer_batch),
         "causality": lambda: probe_causality(model, batch),
         "scale": lambda: examine_scale(memory, model, batch),

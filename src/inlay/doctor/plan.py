@@ -7,6 +7,7 @@ have held stands beside: n·B·D·F·4 bytes for one copy of a layer's updates, 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +17,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from inlay.data import BpeTokenizer, RecallConfig, TextConfig
 from inlay.data.recall import RecallDataset
 from inlay.data.tokenizer import load_tokenizer
-from inlay.doctor.dry_run import Optimizer, PlanError, TrainingStep, dry_run
+from inlay.doctor.dry_run import Model, Optimizer, PlanError, TrainingStep, dry_run
 from inlay.doctor.plan_report import GB, TIGHT, Alternative, LengthCost, RecipePlan
-from inlay.doctor.plan_step import LongestFit, MemoryPlan, chunks_of, longest_tokens, plan_memory
+from inlay.doctor.plan_step import MOST_TOKENS, LongestFit, MemoryPlan, chunks_of, longest_tokens, plan_memory
+from inlay.fastweight import FastWeightConfig
 from inlay.train.recipe import Recipe, RecipeError
 
 __all__ = [
@@ -32,14 +34,23 @@ __all__ = [
     "longest_tokens",
     "plan_memory",
     "plan_recipe",
+    "plan_step",
     "training_step",
 ]
+
+Progress = Callable[[str], None]
 
 _LENGTHS = (0.5, 1, 2)
 _OPTIMIZERS: dict[str, Optimizer] = {"adamw_torch_fused": "adamw", "adamw_torch": "adamw_torch", "sgd": "sgd"}
 
 
-def plan_recipe(recipe: Recipe, *, budget_gb: float | None = None, vocab_size: int | None = None) -> RecipePlan:
+def plan_recipe(
+    recipe: Recipe,
+    *,
+    budget_gb: float | None = None,
+    vocab_size: int | None = None,
+    progress: Progress | None = None,
+) -> RecipePlan:
     """Plan the memory of the recipe's training step.
 
     Args:
@@ -47,6 +58,7 @@ def plan_recipe(recipe: Recipe, *, budget_gb: float | None = None, vocab_size: i
         budget_gb: Memory that the step may take, in GB (10⁹ bytes); the recipe's ``doctor.budget_gb``, else all of the
             CUDA device's, when not given.
         vocab_size: Tokens that the data has; worked out from the recipe when neither it nor ``model.config`` says.
+        progress: Called with what is about to be run.
 
     Raises:
         RecipeError: The recipe has no memory.
@@ -54,42 +66,88 @@ def plan_recipe(recipe: Recipe, *, budget_gb: float | None = None, vocab_size: i
     """
     if recipe.memory is None:
         raise RecipeError(f"{recipe.name} has no memory to plan (memory: null)")
-    memory = recipe.memory
     config = _model_config(recipe, vocab_size)
     step, assumptions = training_step(recipe, config)
-    budget_gb = budget_gb or recipe.doctor.budget_gb
-    budget = _device_bytes() if budget_gb is None else int(budget_gb * GB)
+    return plan_step(
+        config,
+        recipe.memory,
+        step,
+        budget_gb=budget_gb or recipe.doctor.budget_gb,
+        frame_rate=recipe.doctor.frame_rate,
+        changes=_changes(recipe, step),
+        assumptions=assumptions,
+        progress=progress,
+    )
 
+
+def plan_step(
+    model: Model,
+    memory: FastWeightConfig,
+    step: TrainingStep,
+    *,
+    budget_gb: float | None,
+    frame_rate: float | None,
+    changes: Mapping[str, TrainingStep],
+    assumptions: tuple[str, ...] = (),
+    length_key: str = "data.sequence_length",
+    most_tokens: int = MOST_TOKENS,
+    progress: Progress | None = None,
+) -> RecipePlan:
+    """Plan a step, the same at other lengths, the longest that fits, and what each of ``changes`` would make of it.
+
+    Args:
+        model: As :func:`plan_memory`.
+        memory: As :func:`plan_memory`.
+        step: The recipe's own.
+        budget_gb: Memory that the step may take, in GB (10⁹ bytes); all of the CUDA device's when not given.
+        frame_rate: Tokens per second of audio; None for text.
+        changes: Steps that differ from the recipe's in one setting, by that setting.
+        assumptions: What the recipe leaves open.
+        length_key: The recipe's key for a length.
+        most_tokens: The longest sequence that a recipe may ask for.
+        progress: Called with what is about to be run.
+    """
+    tell = progress or (lambda what: None)
+    budget = _device_bytes() if budget_gb is None else int(budget_gb * GB)
     known: dict[str, int] = {}
 
     def peak(step: TrainingStep) -> int:
         if repr(step) not in known:
-            known[repr(step)] = dry_run(config, memory, step).peak.total
+            tell(f"{step.tokens:,} tokens{'' if step.gradient_checkpointing else ', all kept'}")
+            known[repr(step)] = dry_run(model, memory, step).peak.total
         return known[repr(step)]
 
-    plan = plan_memory(config, memory, step)
+    tell(f"the recipe's own step, with its memory and without: {step.tokens:,} tokens")
+    plan = plan_memory(model, memory, step)
     known[repr(step)] = plan.peak_bytes
-    rate = recipe.doctor.frame_rate
     longest: LongestFit | None = None
     alternatives: tuple[Alternative, ...] = ()
     if budget is not None:
-        longest = longest_tokens(budget, config, memory, step, frame_rate=rate, peak=lambda t: peak(_at(step, t)))
+        longest = longest_tokens(
+            budget,
+            model,
+            memory,
+            step,
+            frame_rate=frame_rate,
+            peak=lambda t: peak(_at(step, t)),
+            most_tokens=most_tokens,
+        )
         if plan.peak_bytes > TIGHT * budget:
-            alternatives = tuple(Alternative(text, peak(changed)) for text, changed in _changes(recipe, step).items())
+            alternatives = tuple(Alternative(text, peak(changed)) for text, changed in changes.items())
     lengths = []
-    for tokens in sorted({max(1, int(step.tokens * factor)) for factor in _LENGTHS}):
+    for tokens in sorted({min(most_tokens, max(1, int(step.tokens * factor))) for factor in _LENGTHS}):
         chunks = chunks_of(tokens, memory)
         lengths.append(
             LengthCost(
                 tokens=tokens,
                 chunks=chunks,
-                seconds=None if rate is None else tokens / rate,
+                seconds=None if frame_rate is None else tokens / frame_rate,
                 checkpointed_bytes=peak(replace(_at(step, tokens), gradient_checkpointing=True)),
                 kept_bytes=peak(replace(_at(step, tokens), gradient_checkpointing=False)),
                 materialised_bytes=plan.materialised_bytes // plan.chunks * chunks,
             )
         )
-    return RecipePlan(plan, budget, tuple(lengths), longest, alternatives, assumptions, rate)
+    return RecipePlan(plan, budget, tuple(lengths), longest, alternatives, assumptions, frame_rate, length_key)
 
 
 def _model_config(recipe: Recipe, vocab_size: int | None) -> PreTrainedConfig:

@@ -1,124 +1,240 @@
-"""The requirement documents' question, with numbers: does Moshi train on 150, 300 or 400 s in 40 GB?
+"""Does the training step of a Moshi recipe fit? Kyutai's own model, run without its numbers, from the recipe alone.
 
-They count 15 GB for each memory layer at 150 s, hope for 22 GB in all in place of 40, and call the paper's 2,560 s
-ideal but impractical. That was the materialised formula. Here every length is a dry run of transformers' own Moshi text
-decoder (``MoshiConfig``: 32 blocks, D=4,096, F=11,264, 32 heads, vocabulary 32,000), bfloat16 weights, one row, with
-three memory layers (10, 20, 30) of 256-token chunks whose parameters and sums are float32. Left out are Mimi, the audio
-embeddings (0.3 GB) and the depth decoder.
+What runs is what ``inlay train`` runs: ``LMModel`` with its depformer and all embeddings, attention in blocks, the loss
+in slices, checkpointed blocks, the recipe's adapters and memory. Weights are not needed, only their shapes: a folder's
+``config.json``, the hub's if it can be asked, or the sizes of Moshi 7B, which Kyutai's own loader has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import get_args
+from pathlib import Path
+from typing import Any
 
-from transformers import MoshiConfig
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from moshi.models import loaders
+from moshi.models.lm import LMModel
+from torch import Tensor, nn
 
-from inlay.doctor.dry_run import TrainingStep, dry_run
-from inlay.doctor.plan_report import GB, amount
-from inlay.doctor.plan_step import PORT_COPIES, LongestFit, chunks_of, longest_tokens, materialised_bytes
-from inlay.doctor.reach_plan import MOSHI_FRAME_RATE, frames_in
-from inlay.fastweight import FastWeightConfig, TrainMode
-from inlay.report import Section, Table
-from inlay.report.document import Align
-from inlay.report.numbers import Cell
+from inlay.doctor.dry_run import PlanError, TrainingStep
+from inlay.doctor.plan import Progress, plan_step
+from inlay.doctor.plan_report import RecipePlan
+from inlay.fastweight import FastWeightConfig, Memory
+from inlay.moshi.loss import SliceNats, recomputed_nats
+from inlay.moshi.model import MoshiForTraining
+from inlay.moshi.weights import CONFIG_NAME
+from inlay.train.moshi import equip_moshi
+from inlay.train.moshi_recipe import MoshiRecipe
+from inlay.train.yaml_recipe import RecipeError
 
-MOSHI_SECONDS = (150.0, 300.0, 400.0, 2560.0)
-MOSHI_MEMORY = FastWeightConfig(layers=[10, 20, 30], chunk_size=256)
-_LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-
-
-@dataclass(frozen=True)
-class MoshiCost:
-    """One way to train Moshi.
-
-    Attributes:
-        mode: What is trained.
-        gradient_checkpointing: Whether blocks are run again in the backward.
-        peak_bytes: Peak at each length that was asked about.
-        longest: The longest sequence that fits.
-    """
-
-    mode: TrainMode
-    gradient_checkpointing: bool
-    peak_bytes: tuple[int, ...]
-    longest: LongestFit
-
-
-@dataclass(frozen=True)
-class MoshiAnswer:
-    """What fits a budget.
-
-    Attributes:
-        budget_bytes: The budget.
-        seconds: The lengths, ``duration_sec``.
-        tokens: The same in frames.
-        costs: Each way to train.
-        materialised_bytes: One copy of the updates of all three layers in the materialised formula, at each length.
-    """
-
-    budget_bytes: int
-    seconds: tuple[float, ...]
-    tokens: tuple[int, ...]
-    costs: tuple[MoshiCost, ...]
-    materialised_bytes: tuple[int, ...]
-
-    def section(self) -> Section:
-        """The peaks by way and length, and the materialised formula's share of them."""
-        lengths = [f"{seconds:g} s" for seconds in self.seconds]
-        rows: list[list[Cell]] = []
-        for cost in self.costs:
-            peaks = [f"{amount(peak)}{'' if peak <= self.budget_bytes else ' ✗'}" for peak in cost.peak_bytes]
-            longest = f"{cost.longest.seconds:,.0f} s" if cost.longest.tokens else "none"
-            way = f"{cost.mode}, {'checkpointing' if cost.gradient_checkpointing else 'all kept'}"
-            rows.append([way, *peaks, longest])
-        for copies, name in ((1, "one copy"), (PORT_COPIES, f"{PORT_COPIES} copies, as the port")):
-            held: list[Cell] = [amount(copies * size) for size in self.materialised_bytes]
-            rows.append([f"the materialised formula's updates alone: {name}", *held, None])
-        chunks = ", ".join(f"{t:,} tokens ({chunks_of(t, MOSHI_MEMORY)} chunks)" for t in self.tokens)
-        caption = f"Peak of a training step on one row of {chunks}; ✗: over {amount(self.budget_bytes)}."
-        columns = ["trained", *lengths, "longest that fits"]
-        align: list[Align] = ["right"] * len(columns)
-        align[0] = "left"
-        return Section("Moshi", items=[Table(columns, rows, caption, align=align)])
+LENGTH_KEY = "duration_sec"
+MOST_FRAMES = 32_000
+"""``duration_sec`` is 2,560 at most."""
+_BLOCKS = 2
+"""Blocks of each attention that a dry run walks: the last, and the one before, which is full."""
+_SLICES = 1
+"""Slices of frames whose logits a dry run makes."""
+_SEVEN_B = "kyutai/moshi"
+"""How the names of Kyutai's 7B models begin: moshiko and moshika, and the same in other formats."""
+_FILES = {"moshi_name", "mimi_name", "tokenizer_name", "mimi_config_name", "lora_name"}
+_NOT_SIZES = {*_FILES, "mimi_config", "lm_gen_config", "model_type", "stt_config", "tts_config", "model_id"}
 
 
-def moshi_config() -> MoshiConfig:
-    """Moshi 7B's text decoder."""
-    return MoshiConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, ffn_dim=22528, vocab_size=32000)
-
-
-def moshi_question(
-    budget_gb: float = 40.0,
+def plan_moshi_recipe(
+    recipe: MoshiRecipe,
     *,
-    seconds: Sequence[float] = MOSHI_SECONDS,
-    modes: Sequence[TrainMode] = get_args(TrainMode),
-    checkpointing: Sequence[bool] = (True, False),
-) -> MoshiAnswer:
-    """Plan every way to train Moshi at every length (some minutes in all).
+    lm_config: Mapping[str, Any] | None = None,
+    budget_gb: float | None = None,
+    progress: Progress | None = None,
+) -> RecipePlan:
+    """Plan the memory of the recipe's training step.
 
     Args:
-        budget_gb: Memory of the device, in GB (10⁹ bytes).
-        seconds: Lengths of a sequence at 12.5 frames/s.
-        modes: What is trained.
-        checkpointing: With and without gradient checkpointing.
+        recipe: A recipe with a memory.
+        lm_config: Arguments of ``LMModel``; those of the recipe's model when not given.
+        budget_gb: Memory that the step may take, in GB (10⁹ bytes); the recipe's ``doctor.budget_gb``, else all of the
+            CUDA device's, when not given.
+        progress: Called with what is about to be run.
+
+    Raises:
+        RecipeError: The recipe has no memory.
+        PlanError: The model's sizes are not to be had, or it cannot be run without its numbers.
     """
-    config = moshi_config()
-    tokens = tuple(frames_in(length, MOSHI_FRAME_RATE) for length in seconds)
-    costs = []
-    copies: tuple[int, ...] = ()
-    for mode in modes:
-        for kept in checkpointing:
-            step = TrainingStep(
-                tokens[0], mode=mode, gradient_checkpointing=kept, lora=_LORA if mode == "memory+lora" else None
-            )
-            steps = [replace(step, tokens=t) for t in tokens]
-            traces = [dry_run(config, MOSHI_MEMORY, step) for step in steps]
-            peaks = tuple(trace.peak.total for trace in traces)
-            longest = longest_tokens(int(budget_gb * GB), config, MOSHI_MEMORY, step, frame_rate=MOSHI_FRAME_RATE)
-            costs.append(MoshiCost(mode, kept, peaks, longest))
-            copies = tuple(
-                materialised_bytes(trace, MOSHI_MEMORY, step) for trace, step in zip(traces, steps, strict=True)
-            )
-    return MoshiAnswer(int(budget_gb * GB), tuple(seconds), tokens, tuple(costs), copies)
+    if recipe.memory is None:
+        raise RecipeError(f"{recipe.name} has no memory to plan (memory: null)")
+    assumptions: list[str] = []
+    if lm_config is None:
+        lm_config, assumed = model_sizes(recipe.moshi_paths.hf_repo_id)
+        assumptions += assumed
+    step, more = training_step(recipe)
+    return plan_step(
+        MoshiSubject(recipe, lm_config),
+        recipe.memory,
+        step,
+        budget_gb=budget_gb or recipe.doctor.budget_gb,
+        frame_rate=recipe.doctor.frame_rate,
+        changes=_changes(step),
+        assumptions=(*assumptions, *more),
+        length_key=LENGTH_KEY,
+        most_tokens=MOST_FRAMES,
+        progress=progress,
+    )
+
+
+def model_sizes(source: str) -> tuple[dict[str, Any], list[str]]:
+    """The arguments of ``LMModel`` that a checkpoint has, without its weights, and what was assumed of them.
+
+    Raises:
+        PlanError: The checkpoint is neither here nor on the hub, and none of Kyutai's 7B models.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        path = folder / CONFIG_NAME
+        return (_sizes_in(path) if path.is_file() else dict(loaders._lm_kwargs)), []
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise PlanError(f"moshi_paths.hf_repo_id: {source}: no such folder")
+    try:
+        return _sizes_in(Path(hf_hub_download(source, CONFIG_NAME))), []
+    except EntryNotFoundError:  # a repository without one is the 7B of the first release
+        return dict(loaders._lm_kwargs), []
+    except (OSError, ValueError) as error:  # what the hub's client raises derives from these
+        if source.startswith(_SEVEN_B):
+            said = f"The hub does not answer, so {source} is planned with the sizes of Moshi 7B in Kyutai's loader."
+            return dict(loaders._lm_kwargs), [said]
+        raise PlanError(
+            f"moshi_paths.hf_repo_id: the sizes of {source} are not to be had ({type(error).__name__}: {error}); "
+            f"give a folder with its {CONFIG_NAME}"
+        ) from error
+
+
+def _sizes_in(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PlanError(f"{path}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise PlanError(f"{path}: holds {type(config).__name__}, not an object")
+    return {key: value for key, value in config.items() if key not in _NOT_SIZES}
+
+
+def training_step(recipe: MoshiRecipe) -> tuple[TrainingStep, tuple[str, ...]]:
+    """The training step that a recipe runs, and what had to be assumed for it."""
+    assumptions = []
+    optimizer = str(recipe.trainer.get("optim", "adamw_torch_fused"))
+    if recipe.optim.muon is not None or optimizer not in ("adamw_torch_fused", "adamw_torch", "sgd"):
+        named = "optim.muon" if recipe.optim.muon is not None else f"optim: {optimizer}"
+        assumptions.append(f"{named} is planned as AdamW with states in the parameters' dtype.")
+    frames = recipe.data.frames
+    document_tokens = None
+    if recipe.data.packing == "concatenate":
+        document_tokens = max(1, frames // 2)
+        assumptions.append("Rows of several conversations are planned as rows of two.")
+    half = recipe.param_dtype == "bfloat16"
+    step = TrainingStep(
+        tokens=frames,
+        batch_size=recipe.batch_size,
+        dtype=recipe.param_dtype,
+        autocast="bfloat16" if half else None,
+        mode="all" if recipe.mode == "lora" else recipe.mode,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        lora=recipe.lora.model_dump() if recipe.lora.enable else None,
+        optimizer={"adamw_torch": "adamw_torch", "sgd": "sgd"}.get(optimizer, "adamw"),  # type: ignore[arg-type]
+        accumulate=recipe.num_microbatches > 1,
+        document_tokens=document_tokens,
+    )
+    return step, tuple(assumptions)
+
+
+def _changes(step: TrainingStep) -> dict[str, TrainingStep]:
+    """What one change to the recipe would make of the step, by the change."""
+    changes = {}
+    if not step.gradient_checkpointing:
+        changes["gradient_checkpointing: true"] = replace(step, gradient_checkpointing=True)
+    for rows in sorted({step.batch_size // 2, 1} - {0, step.batch_size}, reverse=True):
+        changes[f"batch_size: {rows}"] = replace(step, batch_size=rows)
+    if step.dtype == "float32":
+        changes["param_dtype: bfloat16"] = replace(step, dtype="bfloat16", autocast="bfloat16")
+    if step.mode != "memory":
+        changes["mode: memory, lora.enable: false"] = replace(step, mode="memory", lora=None)
+    return changes
+
+
+@dataclass(frozen=True)
+class MoshiSubject:
+    """Kyutai's language model as :class:`~inlay.doctor.dry_run.Subject`.
+
+    Attributes:
+        recipe: What the step does not say: YaRN, adapters, the weights of the loss.
+        lm_config: Arguments of ``LMModel``.
+    """
+
+    recipe: MoshiRecipe
+    lm_config: Mapping[str, Any]
+
+    def skeleton(self, step: TrainingStep) -> nn.Module:
+        """A :class:`MoshiForTraining` around the language model, as the recipe trains it."""
+        lm = loaders.get_moshi_lm(
+            None,
+            dict(self.lm_config),
+            device="meta",
+            dtype=getattr(torch, step.dtype),
+            lm_kwargs_overrides={"gradient_checkpointing": step.gradient_checkpointing},
+        )
+        return MoshiForTraining(lm.train(), self.recipe.loss, most_blocks=_BLOCKS, slice_nats=_few_slices())
+
+    def equip(self, model: nn.Module, memory: FastWeightConfig, step: TrainingStep) -> Memory:
+        """As :func:`inlay.train.moshi.equip_moshi` does it."""
+        assert isinstance(model, MoshiForTraining)
+        model.to_empty(device="cpu")
+        lora = self.recipe.lora.model_copy(update={"enable": step.lora is not None})
+        recipe = self.recipe.model_copy(update={"memory": memory, "mode": step.mode, "lora": lora})
+        attached = equip_moshi(recipe, model.lm)
+        assert attached is not None
+        return attached
+
+    def batch(self, step: TrainingStep) -> dict[str, Tensor]:
+        """Codes ``[B, K, T]`` of one conversation a row, or of several."""
+        place = torch.arange(step.tokens).repeat(step.batch_size, 1)
+        streams = 1 + int(self.lm_config["n_q"])
+        return {
+            "codes": torch.zeros(step.batch_size, streams, step.tokens, dtype=torch.long),
+            "documents": place // (step.document_tokens or step.tokens),
+        }
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Text and audio together."""
+        loss: Tensor = model(batch["codes"], batch["documents"]).loss
+        return loss
+
+
+def _few_slices() -> SliceNats:
+    """Makes the logits of the first slice alone: the others need the same memory and leave the same behind."""
+    made = 0
+
+    def slice_nats(lm: LMModel, hidden: Tensor, said: Tensor, targets: Tensor) -> Tensor:
+        nonlocal made
+        made += 1
+        if made <= _SLICES:
+            return recomputed_nats(lm, hidden, said, targets)
+        nats: Tensor = _Skipped.apply(hidden, targets)  # type: ignore[no-untyped-call]
+        return nats
+
+    return slice_nats
+
+
+class _Skipped(torch.autograd.Function):
+    """What a slice leaves behind: its nats, and on the way back the gradient of its hidden states."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden)
+        return torch.zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (hidden,) = ctx.saved_tensors
+        return torch.empty_like(hidden), None

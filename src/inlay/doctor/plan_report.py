@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from inlay.doctor.findings import Finding, Severity
 from inlay.doctor.plan_allocations import Kind
 from inlay.doctor.plan_step import PORT_COPIES, LongestFit, MemoryPlan
+from inlay.doctor.reach_plan import set_length
 from inlay.report import Section, Series, Table, Text, line_plot
 from inlay.report.document import Item, Verdict
 from inlay.report.numbers import Cell
@@ -67,6 +68,7 @@ class RecipePlan:
         alternatives: What one change would make of it, where it does not fit or nearly not.
         assumptions: What the recipe leaves open.
         frame_rate: Tokens per second of audio; None for text.
+        length_key: The recipe's key for a length.
     """
 
     plan: MemoryPlan
@@ -76,6 +78,7 @@ class RecipePlan:
     alternatives: tuple[Alternative, ...]
     assumptions: tuple[str, ...]
     frame_rate: float | None
+    length_key: str = "data.sequence_length"
 
     def findings(self) -> list[Finding]:
         """``memory.out_of_memory`` (fatal) over the budget, ``memory.tight`` (warning) within 10 % below it."""
@@ -120,9 +123,9 @@ class RecipePlan:
         ways = [f"{one.change} needs {amount(one.peak_bytes)}" for one in self.alternatives if one.peak_bytes <= budget]
         longest = self.longest
         if longest is not None and 0 < longest.tokens < self.plan.step.tokens:
-            ways.append(
-                f"data.sequence_length: {longest.tokens} ({_length(longest)}) needs {amount(longest.peak_bytes)}"
-            )
+            setting = set_length(self.length_key, longest.tokens, self.frame_rate)
+            chunks = _length(longest) if self.length_key == "data.sequence_length" else f"{longest.chunks:,} chunks"
+            ways.append(f"{setting} ({chunks}) needs {amount(longest.peak_bytes)}")
         if ways:
             return "; or ".join(ways)
         least = min(self.alternatives, key=lambda one: one.peak_bytes, default=None)

@@ -13,11 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
-from transformers import PreTrainedConfig, PreTrainedModel
-
-from inlay.doctor.dry_run import Trace, TrainingStep, dry_run
+from inlay.doctor.dry_run import Model, Trace, TrainingStep, dry_run
 from inlay.doctor.plan_allocations import KINDS, Kind, Moment
 from inlay.fastweight import FastWeightConfig
 
@@ -84,15 +81,11 @@ class LongestFit:
     tried: tuple[tuple[int, int], ...]
 
 
-Model: TypeAlias = "PreTrainedModel | PreTrainedConfig"
-"""What is planned for: only the architecture counts."""
-
-
 def plan_memory(model: Model, memory: FastWeightConfig, step: TrainingStep) -> MemoryPlan:
     """Predict what a training step needs at its peak.
 
     Args:
-        model: A causal LM of transformers, or its config. Nothing of it is allocated or touched.
+        model: A causal LM of transformers, its config, or another subject. Nothing of it is allocated or touched.
         memory: The memory to attach.
         step: Tokens, rows, dtype, train mode, checkpointing, optimizer.
 
@@ -120,6 +113,7 @@ def longest_tokens(
     *,
     frame_rate: float | None = None,
     peak: Callable[[int], int] | None = None,
+    most_tokens: int = MOST_TOKENS,
 ) -> LongestFit:
     """The longest sequence whose training step fits a budget, to one chunk or 1 %.
 
@@ -130,6 +124,7 @@ def longest_tokens(
         step: What runs; its ``tokens`` do not count.
         frame_rate: Tokens per second of audio (Moshi: 12.5), to tell the length in seconds too.
         peak: Bytes at a number of tokens, where the caller keeps them; dry runs by default.
+        most_tokens: The longest sequence that can be asked for.
     """
     find = peak or (lambda tokens: dry_run(model, memory, replace(step, tokens=tokens)).peak.total)
     size = memory.chunk_size
@@ -145,8 +140,10 @@ def longest_tokens(
         most = 8 * max(a, b)  # no further in one stride: near the first lengths the weights hide the slope
         return most if at_b <= at_a else min(most, a + int((budget_bytes - at_a) / (at_b - at_a) * (b - a)))
 
-    low, high, before = 2, max(3, MOST_TOKENS // size), None
+    low, high, before = 2, max(3, most_tokens // size), None
     found, stuck = fits(low), False
+    if found and most_tokens < MOST_TOKENS and fits(high):
+        low = high
     while found and high - low > max(1, _PRECISION * low):
         width = high - low
         guess = 8 * low if before is None else crossing(before, low)

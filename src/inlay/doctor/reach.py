@@ -27,6 +27,7 @@ from inlay.doctor.reach_plan import (
     plan_reach,
     plan_table,
     reach_of_chunk,
+    set_length,
 )
 from inlay.fastweight import FastWeightConfig
 from inlay.fastweight.context import documents_of
@@ -107,6 +108,7 @@ class Reach:
         row_tokens: Tokens T of a row, padding included.
         reset: The batch with ``boundary: reset``.
         carry: The batch with ``boundary: carry``.
+        length_key: The recipe's key for a length.
     """
 
     chunk_size: int
@@ -117,6 +119,7 @@ class Reach:
     row_tokens: int
     reset: BoundaryReach
     carry: BoundaryReach
+    length_key: str = "data.sequence_length"
 
     @property
     def configured(self) -> BoundaryReach:
@@ -176,9 +179,10 @@ class Reach:
             ways.append(f"memory.chunk_size: {size} gives a document of {here.typical_tokens:,} tokens {given} chunks")
         wanted = _GOOD_CHUNKS * self.chunk_size
         if here.longest_tokens >= self.row_tokens:
-            ways.append(f"data.sequence_length: {wanted} makes 8 chunks of documents that are that long")
+            setting = set_length(self.length_key, wanted, self.frame_rate)
+            ways.append(f"{setting} makes 8 chunks of documents that are that long")
         else:  # no document fills its row: a longer row makes none of them longer
-            ways.append(f"documents of {wanted:,} tokens have 8 chunks (data.sequence_length cuts none of these)")
+            ways.append(f"documents of {wanted:,} tokens have 8 chunks ({self.length_key} cuts none of these)")
         if self.boundary == "reset" and self.carry.ever_read > self.reset.ever_read:
             ways.append(
                 f"memory.boundary: carry, if the documents of a row belong together, makes "
@@ -227,7 +231,13 @@ class Reach:
         return Table([*columns, "i = 0", "n/4", "n/2", "n−2", "n−1"], rows, caption, align=align)
 
 
-def examine_reach(batch: Mapping[str, Any], config: FastWeightConfig, *, frame_rate: float | None = None) -> Reach:
+def examine_reach(
+    batch: Mapping[str, Any],
+    config: FastWeightConfig,
+    *,
+    frame_rate: float | None = None,
+    length_key: str = "data.sequence_length",
+) -> Reach:
     """Count what is read in a batch, for both boundaries.
 
     Documents are told apart as the memory does it: by ``document_ids`` ``[B, T]`` (−1 for padding); without them by
@@ -238,6 +248,7 @@ def examine_reach(batch: Mapping[str, Any], config: FastWeightConfig, *, frame_r
         batch: As the data's ``collate`` makes it; any of its columns may be missing, but not all.
         config: The memory's configuration: chunk size, boundary and exposure.
         frame_rate: Tokens per second of audio, for the planner's table; None for text.
+        length_key: The recipe's key for a length, for the fixes.
 
     Raises:
         ValueError: The batch has no ``[B, T]`` column, or no token that is not padding.
@@ -256,6 +267,7 @@ def examine_reach(batch: Mapping[str, Any], config: FastWeightConfig, *, frame_r
         row_tokens=shape[1],
         reset=boundary_reach("reset", documents, config.chunk_size),
         carry=boundary_reach("carry", rows, config.chunk_size),
+        length_key=length_key,
     )
 
 

@@ -292,3 +292,10 @@ def _fewest_chunks(share: Fraction, name: str, limit: Fraction) -> int:
     if not 0 <= share < 1:
         raise ValueError(f"{name} lies in [0, {limit}): however long a document is, it does not get to {limit}")
     return math.ceil(1 / (1 - share))
+
+
+def set_length(key: str, tokens: int, frame_rate: float | None) -> str:
+    """A recipe's line that makes sequences of so many tokens: in seconds where its ``key`` is ``duration_sec``."""
+    if key != "duration_sec" or frame_rate is None:
+        return f"{key}: {tokens}"
+    return f"{key}: {tokens / frame_rate:g}"

@@ -22,7 +22,7 @@ import contextvars
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,9 @@ _FEWEST = 64
 _documents: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("documents", default=None)
 
 
-def use_windowed_attention(transformer: StreamingTransformer, *, block: int = QUERIES) -> Callable[[], None]:
+def use_windowed_attention(
+    transformer: StreamingTransformer, *, block: int = QUERIES, most_blocks: int | None = None
+) -> Callable[[], None]:
     """Let the attention of a transformer's layers run in blocks of queries, outside streaming.
 
     Only these modules are changed, each by an attribute of its own.
@@ -50,6 +52,7 @@ def use_windowed_attention(transformer: StreamingTransformer, *, block: int = QU
         transformer: The main transformer of an ``LMModel``.
         block: Most queries in a block b; memory is O(b · (b + W)) for the mask, work (b + W) / W of what is needed,
             so where the window is small a block has no more queries than it (but 64).
+        most_blocks: Compute the last blocks alone, for a dry run: each needs the same memory, and none is kept.
 
     Returns:
         What takes it off again.
@@ -68,7 +71,7 @@ def use_windowed_attention(transformer: StreamingTransformer, *, block: int = QU
             )
     before = [attention.__dict__.get("forward") for attention in layers]
     for attention in layers:
-        attention.__dict__["forward"] = functools.partial(_forward, attention, block)
+        attention.__dict__["forward"] = functools.partial(_forward, attention, block, most_blocks)
 
     def undo() -> None:
         for attention, forward in zip(layers, before, strict=True):
@@ -92,7 +95,14 @@ def attention_within(documents: Tensor | None) -> Iterator[None]:
         _documents.reset(token)
 
 
-def _forward(attention: StreamingMultiheadAttention, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _forward(
+    attention: StreamingMultiheadAttention,
+    block: int,
+    most_blocks: int | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
     """In place of ``StreamingMultiheadAttention.forward``: ``[B, T, D]`` to ``[B, T, D]``."""
     if attention.is_streaming:
         out: Tensor = type(attention).forward(attention, query, key, value)
@@ -112,13 +122,20 @@ def _forward(attention: StreamingMultiheadAttention, block: int, query: Tensor, 
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     if attention.context is not None:
         block = min(block, max(_FEWEST, attention.context))
-    x = windowed_attention(q, k, v, attention.context, documents=documents, block=block)
+    x = windowed_attention(q, k, v, attention.context, documents=documents, block=block, most_blocks=most_blocks)
     mixed: Tensor = attention.out_projs[0](x.transpose(1, 2).reshape(batch, frames, -1))
     return mixed
 
 
 def windowed_attention(
-    q: Tensor, k: Tensor, v: Tensor, context: int | None, *, documents: Tensor | None = None, block: int = QUERIES
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: int | None,
+    *,
+    documents: Tensor | None = None,
+    block: int = QUERIES,
+    most_blocks: int | None = None,
 ) -> Tensor:
     """Causal attention in which each query sees ``context`` frames, its own among them.
 
@@ -127,6 +144,7 @@ def windowed_attention(
         context: W; None: all frames before.
         documents: ``[B, T]`` ids that attention does not cross; None: a row is one document.
         block: Queries in a block.
+        most_blocks: See :func:`use_windowed_attention`.
 
     Returns:
         ``[B, H, T, d]``.
@@ -134,7 +152,8 @@ def windowed_attention(
     frames = q.shape[2]
     if documents is None and (context is None or context >= frames):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return _Windowed.apply(q, k, v, documents, min(context or frames, frames), block)  # type: ignore[no-untyped-call]
+    walk = _Walk(min(context or frames, frames), block, most_blocks)
+    return _Windowed.apply(q, k, v, documents, walk)  # type: ignore[no-untyped-call]
 
 
 def document_starts(documents: Tensor) -> Tensor:
@@ -144,17 +163,23 @@ def document_starts(documents: Tensor) -> Tensor:
     return torch.where(changes, place, 0).cummax(1).values
 
 
+class _Walk(NamedTuple):
+    """How attention is walked: its window, the queries of a block, and how many blocks at most."""
+
+    context: int
+    block: int
+    most_blocks: int | None
+
+
 class _Windowed(torch.autograd.Function):
     """Keeps q, k and v and nothing per block."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, context: int, block: int
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, walk: _Walk) -> Tensor:
         ctx.save_for_backward(q, k, v, documents)
-        ctx.context, ctx.block = context, block
+        ctx.walk = walk
         out = torch.empty_like(q)
-        for queries, keys, mask in _blocks(q, documents, context, block):
+        for queries, keys, mask in _blocks(q, documents, walk):
             out[:, :, queries] = F.scaled_dot_product_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask)
         return out
 
@@ -162,7 +187,7 @@ class _Windowed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, documents = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for queries, keys, mask in _blocks(q, documents, ctx.context, ctx.block):
+        for queries, keys, mask in _blocks(q, documents, ctx.walk):
             parts = [x.detach().requires_grad_() for x in (q[:, :, queries], k[:, :, keys], v[:, :, keys])]
             with torch.enable_grad():
                 out = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], mask)
@@ -170,16 +195,16 @@ class _Windowed(torch.autograd.Function):
             dq[:, :, queries] = of_q
             dk[:, :, keys] += of_k
             dv[:, :, keys] += of_v
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None
 
 
-def _blocks(q: Tensor, documents: Tensor | None, context: int, block: int) -> Iterator[tuple[slice, slice, Tensor]]:
+def _blocks(q: Tensor, documents: Tensor | None, walk: _Walk) -> Iterator[tuple[slice, slice, Tensor]]:
     """Each block's queries, the keys that any of them sees, and ``[1 or B, 1, queries, keys]`` who sees what."""
-    frames = q.shape[2]
+    frames, (context, block, most) = q.shape[2], walk
     own = torch.arange(block, device=q.device).unsqueeze(1) + context - 1
     distance = own - torch.arange(block + context - 1, device=q.device)
     band = (distance >= 0) & (distance < context)
-    for start in range(0, frames, block):
+    for start in range(0, frames, block)[0 if most is None else -most :]:
         end, first = min(start + block, frames), max(0, start - context + 1)
         mask = band[: end - start, context - 1 - (start - first) : context - 1 + end - start][None, None]
         if documents is not None:

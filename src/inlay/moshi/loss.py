@@ -15,9 +15,10 @@ tokens ``[B, 9, frames]``, and makes the rest again in the backward.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +65,18 @@ class MoshiLoss:
     mask: Tensor
 
 
+SliceNats: TypeAlias = Callable[[LMModel, Tensor, Tensor, Tensor], Tensor]
+"""Makes the nats of a slice of frames: see :func:`recomputed_nats`."""
+
+
 def moshi_loss(
-    lm: LMModel, hidden: Tensor, steps: Steps, config: LossConfig, *, frames_at_once: int = SLICE
+    lm: LMModel,
+    hidden: Tensor,
+    steps: Steps,
+    config: LossConfig,
+    *,
+    frames_at_once: int = SLICE,
+    slice_nats: SliceNats | None = None,
 ) -> MoshiLoss:
     """The loss of hidden states.
 
@@ -75,9 +86,11 @@ def moshi_loss(
         steps: What is predicted.
         config: The weights.
         frames_at_once: Frames of a slice.
+        slice_nats: :func:`recomputed_nats`, or what stands in for it.
     """
+    of_slice = slice_nats or recomputed_nats
     parts = [
-        _recomputed(lm, *part)
+        of_slice(lm, *part)
         for part in zip(
             torch.split(hidden, frames_at_once, 1),
             torch.split(steps.said, frames_at_once, 2),
@@ -107,8 +120,15 @@ def _mean(nats: Tensor, weights: Tensor) -> Tensor:
     return (nats * weights).sum() / torch.where(total > 0, total, 1.0)
 
 
-def _recomputed(lm: LMModel, hidden: Tensor, said: Tensor, targets: Tensor) -> Tensor:
-    """:func:`_slice_nats`, keeping nothing but its result for the backward."""
+def recomputed_nats(lm: LMModel, hidden: Tensor, said: Tensor, targets: Tensor) -> Tensor:
+    """``[B, Q + 1, S]`` cross-entropy in nats, keeping nothing else for the backward.
+
+    Args:
+        lm: Makes the logits.
+        hidden: ``[B, S, D]``.
+        said: ``[B, K, S]`` what the streams say.
+        targets: ``[B, Q + 1, S]``.
+    """
     if not torch.is_grad_enabled():
         return _slice_nats(lm, hidden, said, targets)
     out: Tensor = checkpoint(

@@ -18,7 +18,7 @@ from inlay.fastweight.checkpointing import checkpoint_blocks
 from inlay.fastweight.errors import InlayError
 from inlay.moshi.attention import QUERIES, attention_within, use_windowed_attention
 from inlay.moshi.inputs import embed, training_steps
-from inlay.moshi.loss import SLICE, LossConfig, MoshiLoss, moshi_loss, uncompiled
+from inlay.moshi.loss import SLICE, LossConfig, MoshiLoss, SliceNats, moshi_loss, uncompiled
 
 
 class MoshiForTraining(nn.Module):
@@ -38,6 +38,8 @@ class MoshiForTraining(nn.Module):
             inputs, in attention and in the memory. With a memory its own is used.
         frames_at_once: Frames whose logits exist at once.
         queries_at_once: Queries in a block of attention.
+        most_blocks: See :func:`inlay.moshi.attention.use_windowed_attention`.
+        slice_nats: See :func:`inlay.moshi.loss.moshi_loss`.
 
     Raises:
         InlayError: The model is conditioned, or has attention that cannot run in blocks.
@@ -51,6 +53,8 @@ class MoshiForTraining(nn.Module):
         boundary: Literal["reset", "carry"] = "reset",
         frames_at_once: int = SLICE,
         queries_at_once: int = QUERIES,
+        most_blocks: int | None = None,
+        slice_nats: SliceNats | None = None,
     ) -> None:
         super().__init__()
         if lm.fuser is not None or lm.condition_provider is not None:
@@ -59,7 +63,8 @@ class MoshiForTraining(nn.Module):
         self.loss_config = config or LossConfig()
         self._boundary: Literal["reset", "carry"] = boundary
         self._frames_at_once = frames_at_once
-        undo_attention = use_windowed_attention(lm.transformer, block=queries_at_once)
+        self._slice_nats = slice_nats
+        undo_attention = use_windowed_attention(lm.transformer, block=queries_at_once, most_blocks=most_blocks)
         before = lm.depformer.checkpointing if lm.depformer is not None else False
         if lm.depformer is not None:
             lm.depformer.checkpointing = False
@@ -101,7 +106,14 @@ class MoshiForTraining(nn.Module):
         documents = self.told_apart(documents)
         steps = training_steps(self.lm, codes, documents)
         hidden = self.hidden(embed(self.lm, steps.read), documents)
-        return moshi_loss(self.lm, hidden, steps, self.loss_config, frames_at_once=self._frames_at_once)
+        return moshi_loss(
+            self.lm,
+            hidden,
+            steps,
+            self.loss_config,
+            frames_at_once=self._frames_at_once,
+            slice_nats=self._slice_nats,
+        )
 
     def hidden(self, x: Tensor, documents: Tensor | None) -> Tensor:
         """The main transformer's normed output ``[B, T, D]`` of embeddings ``x`` ``[B, T, D]``."""

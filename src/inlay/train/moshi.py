@@ -147,6 +147,11 @@ def train_moshi(
 def build_moshi(recipe: MoshiRecipe, checkpoint: MoshiCheckpoint) -> tuple[LMModel, Memory | None]:
     """The recipe's model with adapters and memory, in training mode, its parameters chosen by the recipe's mode."""
     lm = checkpoint.load_lm(gradient_checkpointing=recipe.gradient_checkpointing)
+    return lm, equip_moshi(recipe, lm)
+
+
+def equip_moshi(recipe: MoshiRecipe, lm: LMModel) -> Memory | None:
+    """Give a language model the recipe's window, adapters and memory, which is returned, and choose what is trained."""
     if recipe.yarn is not None:
         apply_yarn(lm, recipe.yarn)
     lm.train()
@@ -166,7 +171,7 @@ def build_moshi(recipe: MoshiRecipe, checkpoint: MoshiCheckpoint) -> tuple[LMMod
     for parameter in lm.parameters():  # the optimizer's steps are smaller than bfloat16 can tell
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()
-    return lm, memory
+    return memory
 
 
 def mixed_precision(recipe: MoshiRecipe, device: str) -> AbstractContextManager[object]:

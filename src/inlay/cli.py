@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from inlay import __version__, cli_compress, cli_moshi, cli_plan
 
@@ -16,8 +17,8 @@ app = typer.Typer(
 app.add_typer(cli_compress.app, name="compress")
 app.add_typer(cli_moshi.app, name="moshi")
 app.add_typer(cli_plan.app, name="plan")
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False)
+errors = Console(stderr=True, emoji=False)
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. trainer.max_steps=100")]
@@ -251,7 +252,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except (InlayError, DataError) as error:
-        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         errors.print("interrupted")

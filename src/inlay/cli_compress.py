@@ -12,8 +12,8 @@ from rich.console import Console
 from inlay.report.console import progress_bar
 
 app = typer.Typer(help="A long context as a few soft tokens before a frozen language model.", no_args_is_help=True)
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False)
+errors = Console(stderr=True, emoji=False)
 
 RunPath = Annotated[
     Path, typer.Argument(help="A finished compression run's directory.", metavar="RUN", show_default=False)

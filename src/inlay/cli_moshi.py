@@ -15,8 +15,8 @@ from inlay import cli_moshi_run
 
 app = typer.Typer(help="Kyutai's Moshi with a memory: long conversations.", no_args_is_help=True)
 app.command("run")(cli_moshi_run.hear)
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False)
+errors = Console(stderr=True, emoji=False)
 
 DataPaths = Annotated[
     str,

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 MOSHI = "kyutai/moshiko-pytorch-bf16"
 """Whose files are taken when nothing else is said."""
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False)
+errors = Console(stderr=True, emoji=False)
 
 
 def hear(

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 app = typer.Typer(help="How long sequences must be, and what a training step needs.", no_args_is_help=True)
-console = Console()
+console = Console(emoji=False)
 
 
 @app.command()

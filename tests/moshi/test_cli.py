@@ -34,6 +34,8 @@ def test_check_prints_the_figures_and_every_problem(tmp_path: Path) -> None:
     code, output = call("check", f"{sound}:2,{problems}:1")
     assert code == 1
     assert f"{problems}:1" in output.replace("\n", "")
+    (tmp_path / good["path"]).with_suffix(".json").write_text('{"alignments": [["x", 1, 2, "SPEAKER_MAIN"]]}')
+    assert "[start, end]" in call("check", sound)[1]
     assert re.search(r"\bis\W+mono\b", output)  # a long path before it may break the line in between
 
 
@@ -57,6 +59,7 @@ def test_what_was_done_wrong_is_told_without_a_traceback(
 ) -> None:
     for command, message in (
         (["check", tmp_path / "gone"], "gone: no such file or folder"),
+        (["check", f"{tmp_path}/a.jsonl:x"], "a.jsonl:x: no such file or folder, and 'x' is no weight"),
         (["encode", tmp_path, tmp_path / "out", "--weights", tmp_path], "model.safetensors is missing"),
         (["synthesise", tmp_path / "out", "--duration", 5], "no phrase could return"),
     ):

@@ -285,3 +285,14 @@ def test_a_memory_that_its_clip_keeps_from_learning_is_told_of_as_the_doctor_doe
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "The memory does not learn" in said
     assert "clip" in said[said.index("The memory does not learn") :]
+
+
+def test_a_runs_own_recipe_can_be_given_again_with_another_length(
+    toy: MoshiCheckpoint, store: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(toy, store)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert load_moshi_recipe(path) == recipe
+    longer = load_moshi_recipe(path, ["duration_sec=20", "seed=3"])
+    assert (longer.data.duration_sec, longer.data.seed) == (20, 3)

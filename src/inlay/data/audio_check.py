@@ -77,9 +77,10 @@ class AudioReport:
 
     def tables(self) -> Iterator[Table]:
         """What there is, and, if anything is wrong, how often and where."""
+        from rich.markup import escape
         from rich.table import Table
 
-        summary = Table(title=self.data, title_justify="left", show_header=False)
+        summary = Table(title=escape(self.data), title_justify="left", show_header=False)
         words = Counter(word.speaker == MAIN_SPEAKER for one in self.conversations for word in one.transcript.words)
         summary.add_row("conversations", f"{self.files:,}")
         summary.add_row("sound", f"{len(self.conversations):,}")
@@ -95,7 +96,7 @@ class AudioReport:
             yield kinds
             problems = Table("where", "what is wrong", title="problems", title_justify="left")
             for finding in self.findings:
-                problems.add_row(finding.where, finding.reason)
+                problems.add_row(escape(finding.where), escape(finding.reason))
             yield problems
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
 
 from inlay.fastweight import FastWeightConfig
 from inlay.moshi.interleave import FRAME_RATE
@@ -186,6 +186,13 @@ class MoshiRecipe(Section):
                 raise ValueError(f"data.{key} is the recipe's own {key}; set that one")
         short = {} if "min_sec" in raw["data"] else {"min_sec": min(10.0, _number(own["duration_sec"]))}
         return raw | {"data": short | raw["data"] | own}
+
+    @field_serializer("data", mode="wrap")
+    def _data_leave_out_what_the_recipe_says(
+        self, data: SequenceConfig, dump: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        """So that a run's own recipe can be given again with another ``duration_sec``."""
+        return {key: value for key, value in dump(data).items() if key not in ("duration_sec", "seed")}
 
     @field_validator("trainer")
     @classmethod

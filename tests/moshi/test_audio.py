@@ -25,6 +25,7 @@ def test_data_is_paths_with_weights(tmp_path: Path) -> None:
     assert parse_data(f"{a},{odd}") == [DataPath(a), DataPath(odd)]
     for data, message in {
         f"{a},": "empty path",
+        ":3": "empty path",
         f"{a}:zero": "'zero' is no weight",
         f"{a}:0": "positive number, not 0",
         f"{a}:nan": "positive number, not nan",
@@ -178,6 +179,38 @@ def test_check_finds_every_kind_of_problem_with_manifest_and_line(tmp_path: Path
     text = console.export_text()
     assert "data.jsonl:11" in text
     assert "by kind" in text
+
+
+def test_lines_that_no_file_can_have_are_problems_as_well(tmp_path: Path) -> None:
+    """A home that is nobody's, names and numbers beyond what the system takes, and JSON deeper than the parser goes."""
+    write_conversation(tmp_path, "good")
+    deep = write_conversation(tmp_path, "deep", seed=1)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    huge = write_conversation(tmp_path, "huge", seed=2)
+    (tmp_path / "huge.json").write_text('{"alignments": [["a", [0, 1' + "0" * 400 + '], "SPEAKER_MAIN"]]}')
+    lines = [
+        {"path": "~nobody-of-this-name/a.wav", "duration": 2},
+        '{"path": "good.wav", "duration": 1' + "0" * 400 + "}",
+        '{"path": "good.wav", "duration": ' + "9" * 5000 + "}",
+        {"path": "good\0.wav", "duration": 2},
+        {"path": f"{'x' * 300}.wav", "duration": 2},
+        "[" * 100_000,
+        deep,
+        huge,
+        '{"path": "two\u2028lines.wav", "duration": 2}',
+        '{"path": "good.wav", "duration": 2}',
+    ]
+    manifest = write_manifest(tmp_path, lines)
+    manifest.write_bytes(b"\xef\xbb\xbf" + manifest.read_bytes())  # as some editors begin a file
+    report = check_audio(str(manifest))
+    found = {(int(finding.where.rpartition(":")[2]), finding.kind) for finding in report.findings}
+    missing = {(line, kind) for line in (1, 9) for kind in ("audio missing", "transcript missing")}
+    assert found == missing | {(line, "manifest") for line in (2, 3, 4, 5, 6)} | {
+        (7, "transcript unreadable"),
+        (8, "transcript unreadable"),
+    }
+    assert [conversation.file.where for conversation in report.conversations] == [f"{manifest}:10"]
+    assert all(len(finding.reason) < 400 for finding in report.findings)
 
 
 def test_sound_data_has_exit_code_0_and_none_at_all_1(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ SAMPLE_RATE = 24_000
 
 MAIN_SPEAKER = "SPEAKER_MAIN"
 """What transcripts call the speaker on the left channel: Moshi."""
+
+_LONGEST_NAME = 255
+"""Bytes in a file's name that file systems take at most."""
 
 
 class Word(NamedTuple):
@@ -106,6 +110,8 @@ def parse_data(data: str) -> list[DataPath]:
                 raise DataError(f"{text}: no such file or folder, and {tail!r} is no weight") from None
             if not (math.isfinite(weight) and weight > 0):
                 raise DataError(f"{text}: the weight must be a positive number, not {tail}")
+        if not str(head if weight is not None else text).strip():
+            raise DataError(f"empty path in DATA {data!r}: write path:weight,path:weight")
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
         if any(path.resolve() == part.path.resolve() for part in parts):
@@ -136,7 +142,7 @@ def read_manifests(data: str, problems: Problems) -> list[AudioFile]:
 
 def _read_manifest(manifest: Path, part: DataPath, problems: Problems) -> Iterator[AudioFile]:
     try:
-        lines = manifest.read_text(encoding="utf-8").splitlines()
+        lines = manifest.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         problems.report(str(manifest), f"manifest cannot be read ({error})")
         return
@@ -155,14 +161,20 @@ def _read_manifest(manifest: Path, part: DataPath, problems: Problems) -> Iterat
 def _parse_line(line: str) -> tuple[Path, float]:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"manifest line is not JSON ({error})") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
         raise DataError('manifest line needs "path", the audio file as a string')
     duration = entry.get("duration")
     if not _is_number(duration) or duration <= 0:
-        raise DataError(f'manifest line needs "duration", a positive number of seconds, not {json.dumps(duration)}')
-    return Path(entry["path"]).expanduser(), float(duration)
+        raise DataError(f'manifest line needs "duration", a positive number of seconds, not {_shortened(duration)}')
+    try:
+        path = Path(entry["path"]).expanduser()
+    except RuntimeError:  # "~somebody" is no user here: a file may be called so
+        path = Path(entry["path"])
+    if "\0" in entry["path"] or any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+        raise DataError(f'"path" can be the name of no file: {_shortened(entry["path"])}')
+    return path, float(duration)
 
 
 def read_transcript(path: Path) -> Transcript:
@@ -172,10 +184,10 @@ def read_transcript(path: Path) -> Transcript:
         DataError: Missing, not JSON, or not of the format; the message names the entry.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise DataError(f"transcript {path} is missing; it stands beside the audio under the same name") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"transcript {path} cannot be read ({error})") from None
     if not isinstance(content, Mapping) or not isinstance(content.get("alignments"), list):
         raise DataError(f'transcript {path} needs "alignments", a list of [word, [start, end], speaker]')
@@ -204,7 +216,12 @@ def _parse_return(entry: Any, where: str) -> Return:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _shortened(value: Any) -> str:

@@ -188,7 +188,8 @@ def _examine_header(file: AudioFile, header: AudioHeader, note: Callable[[str, s
     if not header.samples:
         note("empty", f"audio {file.path} holds no sample")
     if abs(header.duration - file.duration) > TOLERANCE:
-        note("duration", f"duration is {file.duration:.2f} s in the manifest, {header.duration:.2f} s in {file.path}")
+        found = f"{header.duration:.2f} s in {file.path}"
+        note("duration", f"duration is {file.duration:.2f} s in the manifest, {found}; write that length there")
 
 
 def _examine_words(
@@ -224,7 +225,7 @@ def _examine_ends(
     beyond = [(i, word) for i, word in enumerate(transcript.words) if word.end > duration + TOLERANCE]
     if beyond:
         more = f", and {len(beyond) - 1} more" if len(beyond) > 1 else ""
-        note("beyond the end", f"{name(*beyond[0])} ends beyond the audio's {duration:.2f} s{more}")
+        note("beyond the end", f"{name(*beyond[0])} ends beyond the audio's {duration:.2f} s{more}; cut it to that")
     for index, again in enumerate(transcript.returns):
         if again.end > duration + TOLERANCE:
             note("beyond the end", f"{path}: returns[{index}] ends beyond the audio's {duration:.2f} s")

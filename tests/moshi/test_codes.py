@@ -256,6 +256,14 @@ def test_a_folder_that_is_no_store_and_a_damaged_shard_are_told(checkpoint: Mosh
         CodesStore(tmp_path)
     data, out = make_data(tmp_path / "data", 1), tmp_path / "out"
     encode_data(str(data), out, checkpoint)
+    with pytest.raises(DataError, match="OUT is a folder, and here is a file"):
+        encode_data(str(data), data, checkpoint)
+    index = out / "index.json"
+    whole = index.read_text()
+    index.write_text('{"format": 1, "entries": []}')
+    with pytest.raises(DataError, match=r"index\.json is damaged \('identity'\); run `inlay moshi encode` again"):
+        CodesStore(out)
+    index.write_text(whole)
     shard = out / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(DataError, match=r"shard-00000\.safetensors cannot be read"):

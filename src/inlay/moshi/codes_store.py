@@ -137,11 +137,15 @@ class CodesStore:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         index = _read_index(self.directory)
-        self.identity = CodesIdentity(**index["identity"])
-        self.entries = [
-            CodesEntry(_stored(entry["stored"]), entry["path"], entry["source"], entry["weight"])
-            for entry in index["entries"]
-        ]
+        try:
+            self.identity = CodesIdentity(**index["identity"])
+            self.entries = [
+                CodesEntry(_stored(entry["stored"]), entry["path"], entry["source"], entry["weight"])
+                for entry in index["entries"]
+            ]
+        except (KeyError, TypeError) as error:
+            path = self.directory / INDEX_NAME
+            raise DataError(f"{path} is damaged ({error}); run `inlay moshi encode` again") from None
 
     def codes(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Codes of frames `start` to `stop` of a conversation: `[16, frames]`, Moshi's 8 codebooks, then the user's."""
@@ -180,7 +184,10 @@ class CodesWriter:
         self.directory = Path(directory)
         self.identity = identity
         self.shard_frames = shard_frames
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise DataError(f"{self.directory}: OUT is a folder, and here is a file; choose another name") from None
         self._lock = _lock(self.directory)
         self.stored: dict[tuple[str, str], StoredFile] = {}
         self._next = 0

@@ -53,11 +53,11 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
 ) -> None:
     """Train what a recipe says; everything about the run lands in RUNS/NAME."""
+    from accelerate import PartialState
+
     from inlay.train.kinds import recipe_kind
 
     if recipe_kind(recipe) == "moshi":
-        from accelerate import PartialState
-
         from inlay.train.moshi import train_moshi
         from inlay.train.moshi_recipe import load_moshi_recipe
         from inlay.train.moshi_report import write_moshi_report
@@ -74,6 +74,8 @@ def train(
     loaded = load_recipe(recipe, overrides or ())
     directory = runs / loaded.name
     train(loaded, directory, resume=resume, console=console)
+    if not PartialState().is_main_process:
+        return
     console.print(f"report: {write_run_report(directory)}", soft_wrap=True)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -87,6 +88,10 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, console: Con
     """
     console = console or Console(quiet=True)
     refuse_another_run(directory, recipe, resume)
+    arguments = training_arguments(directory, recipe.seed, recipe.trainer)
+    processes = PartialState()
+    if not processes.is_main_process:
+        console = Console(quiet=True)
     set_seed(recipe.seed)
     data = load_data(recipe.data)
     model = build_model(recipe, data.vocab_size)
@@ -95,19 +100,24 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, console: Con
     console.print(_data_table(data, recipe))
     console.print(_model_line(model, memory))
 
-    begin_run(directory, recipe)
+    processes.wait_for_everyone()  # the others must not take this run for one that was there before
+    if processes.is_main_process:
+        begin_run(directory, recipe)
+    processes.wait_for_everyone()
     trainer = InlayTrainer(
         memory=memory,
         memory_learning_rate=recipe.memory_learning_rate,
         monitor=None if memory is None else _monitor(memory, model, data, recipe, console),
         model=model,
-        args=training_arguments(directory, recipe.seed, recipe.trainer),
+        args=arguments,
         train_dataset=data.train,
         eval_dataset=data.eval,
         data_collator=data.collate,
     )
     metrics = run_trainer(trainer, directory, resume=resume, console=console)
-    _save(model, memory, data, recipe, directory)
+    if processes.is_main_process:
+        _save(model, memory, data, recipe, directory)
+    processes.wait_for_everyone()
     return metrics
 
 

@@ -19,6 +19,7 @@ from inlay.moshi.lora import LoraConfig, add_lora, embedding_parameters
 from inlay.moshi.model import MoshiForTraining
 from inlay.moshi.toy import ToySizes, write_toy_checkpoint
 from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
+from inlay.moshi.yarn import YarnConfig, apply_yarn, yarn_of
 from tests.moshi.models import make_codes, outputs
 
 SIZES = ToySizes(dim=16, num_layers=3, num_heads=2, context=12, card=16, depformer_dim=8, depformer_layers=1)
@@ -83,6 +84,26 @@ def test_everything_that_was_trained_comes_back_in_one_call_to_the_bit(
         changed += name not in fresh or not torch.equal(parameter, fresh[name])
     assert changed
     assert torch.equal(logits(lm), logits(again))
+
+
+def test_a_longer_window_is_saved_with_what_was_trained_in_it(toy: MoshiCheckpoint, tmp_path: Path) -> None:
+    lm = toy.load_lm().requires_grad_(False)
+    add_lora(lm, LORA)
+    apply_yarn(lm, YarnConfig(factor=2.0, beta_fast=16.0))
+    save_finetuned(tmp_path, lm, raw(toy))
+    again, _ = load_finetuned(toy, tmp_path)
+    assert again.context == 2 * SIZES.context
+    assert yarn_of(again) == YarnConfig(factor=2.0, beta_fast=16.0, original_context=SIZES.context)
+    load_trained(again, tmp_path)
+    for frames in (20, 40):  # within the longer window, and past it
+        assert torch.equal(logits(lm, frames), logits(again, frames))
+    plain = toy.load_lm()
+    assert not torch.equal(logits(plain), logits(again))
+    (tmp_path / "yarn.json").write_text('{"factor": 0.5}')
+    with pytest.raises(CheckpointError, match=r"yarn\.json is damaged"):
+        load_finetuned(toy, tmp_path)
+    save_finetuned(tmp_path, plain, raw(toy))  # into the same folder: the window of before goes
+    assert not (tmp_path / "yarn.json").exists()
 
 
 def test_kyutais_own_loader_reads_the_adapters(toy: MoshiCheckpoint, tmp_path: Path) -> None:

@@ -100,6 +100,9 @@ def test_what_it_cannot_stretch_is_refused() -> None:
     lm = make_lm()
     with lm.streaming(1), pytest.raises(inlay.InlayError, match="streaming"):
         apply_yarn(lm, YarnConfig(factor=2.0))
+    apply_yarn(lm, YarnConfig(factor=2.0))
+    with pytest.raises(inlay.InlayError, match="has YaRN already"):
+        apply_yarn(lm, YarnConfig(factor=2.0))
     with pytest.raises(ValueError, match="beta_fast must be above"):
         YarnConfig(factor=2.0, beta_fast=1.0)
     assert yarn_frequencies(YarnConfig(factor=4.0), 8, 1e4, 12)[1] == pytest.approx(0.1 * math.log(4) + 1)

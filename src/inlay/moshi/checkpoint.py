@@ -4,6 +4,7 @@
       config.json               the model's sizes, and ``lora``, ``lora_rank``, ``lora_scaling``: moshi-finetune's
       lora.safetensors          adapters, and embeddings trained with ``ft_embed``: moshi-finetune's
       memory.safetensors, memory.json   the memory, and base weights trained with it: :mod:`inlay.fastweight.checkpoint`
+      yarn.json                 the longer window that it was trained with, if it was: :mod:`inlay.moshi.yarn`
       consolidated.safetensors  the whole model, where it was trained without memory and adapters: moshi-finetune's
 
 Kyutai's own loader reads ``config.json`` with ``lora.safetensors`` or ``consolidated.safetensors``;
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from moshi.models.lm import LMModel
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,9 +31,11 @@ from inlay.fastweight import CheckpointError, Memory, attach_pretrained, find_me
 from inlay.fastweight import checkpoint as memory_files
 from inlay.moshi.lora import LoraConfig, add_lora, lora_layers
 from inlay.moshi.weights import CONFIG_NAME, MoshiCheckpoint
+from inlay.moshi.yarn import YarnConfig, apply_yarn, yarn_of
 
 LORA_NAME = "lora.safetensors"
 WHOLE_NAME = "consolidated.safetensors"
+YARN_NAME = "yarn.json"
 _LORA_KEYS = ("lora", "lora_rank", "lora_scaling")
 
 
@@ -69,6 +73,11 @@ def save_finetuned(directory: str | Path, lm: LMModel, config: Mapping[str, Any]
             f"these are trained and have no file: {', '.join(unsaved[:5])}{' …' if len(unsaved) > 5 else ''}. With "
             "LoRA only adapters and embeddings are (ft_embed); use mode: all without LoRA to train more"
         )
+    yarn = yarn_of(lm)
+    if yarn is None:
+        (directory / YARN_NAME).unlink(missing_ok=True)
+    else:
+        _write(directory / YARN_NAME, lambda path: path.write_text(yarn.model_dump_json(indent=2) + "\n"))
     raw = {key: value for key, value in config.items() if key not in _LORA_KEYS}
     if adapters:
         raw |= {"lora": True, "lora_rank": adapters[0].rank, "lora_scaling": adapters[0].scaling}
@@ -79,7 +88,7 @@ def save_finetuned(directory: str | Path, lm: LMModel, config: Mapping[str, Any]
 def load_finetuned(
     checkpoint: MoshiCheckpoint, directory: str | Path, **overrides: Any
 ) -> tuple[LMModel, Memory | None]:
-    """A checkpoint's model as fine-tuned: adapters, memory and trained base weights, in eval mode.
+    """A checkpoint's model as fine-tuned: adapters, memory, trained base weights and window, in eval mode.
 
     Everything takes the dtype of the checkpoint's model, but for the memory, which keeps its own (float32).
 
@@ -105,6 +114,9 @@ def load_finetuned(
             f"and {sizes[key]!r} here"
         )
     lm = checkpoint.load_lm(**overrides)
+    yarn = _read_yarn(directory)
+    if yarn is not None:
+        apply_yarn(lm, yarn)
     if config.get("lora"):
         lora = LoraConfig(enable=True, rank=config["lora_rank"], scaling=config["lora_scaling"])
         add_lora(lm, lora)
@@ -192,6 +204,16 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if absent:
         raise CheckpointError(f"{path} says lora but not {absent[0]}")
     return config
+
+
+def _read_yarn(directory: Path) -> YarnConfig | None:
+    path = directory / YARN_NAME
+    if not path.is_file():
+        return None
+    try:
+        return YarnConfig.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

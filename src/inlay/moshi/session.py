@@ -28,6 +28,7 @@ from inlay.fastweight.session_file import read_tensors, write_tensors
 from inlay.fastweight.stepping import StepState
 from inlay.fastweight.streaming import StateError
 from inlay.moshi.streaming import stream_of
+from inlay.moshi.yarn import yarn_of
 
 KIND = "inlay-session-moshi"
 FORMAT = 1
@@ -174,6 +175,7 @@ def _describe(lm_gen: LMGen, mimi: MimiModel | None) -> dict[str, Any]:
         "streams": [lm.n_q, lm.dep_q],
         "codes": [lm.card, lm.text_card],
         "window": lm.context,
+        "YaRN": None if (yarn := yarn_of(lm)) is None else yarn.model_dump(mode="json"),
         "delays": list(lm.delays),
         "dtype": str(lm.dtype),
         "guidance": lm_gen.cfg_coef != 1.0,

@@ -81,10 +81,20 @@ class YarnRotaryEmbedding(RotaryEmbedding):
 
     Attributes:
         scaling: What queries and keys are multiplied with.
+        config: What it was made from, the original window among it; None if by hand.
     """
 
-    def __init__(self, frequencies: Tensor, scaling: float, *, interleave: bool, max_period: float) -> None:
+    def __init__(
+        self,
+        frequencies: Tensor,
+        scaling: float,
+        *,
+        interleave: bool,
+        max_period: float,
+        config: YarnConfig | None = None,
+    ) -> None:
         super().__init__(interleave=interleave, max_period=max_period)
+        self.config = config
         # Not a buffer: a model cast to bfloat16 must not round it. It follows the queries' device when it is used.
         self._frequencies = frequencies
         self.scaling = scaling
@@ -140,6 +150,12 @@ def self_attentions(transformer: StreamingTransformer) -> list[StreamingMultihea
     return [cast(StreamingTransformerLayer, layer).self_attn for layer in transformer.layers]
 
 
+def yarn_of(lm: LMModel) -> YarnConfig | None:
+    """How far the window of ``lm`` is stretched, its original one named; None if it is not."""
+    rope = lm.transformer.rope
+    return rope.config if isinstance(rope, YarnRotaryEmbedding) else None
+
+
 def apply_yarn(lm: LMModel, config: YarnConfig) -> Callable[[], None]:
     """Give the main transformer of ``lm`` a window ``factor`` times as long, with YaRN's frequencies.
 
@@ -149,13 +165,15 @@ def apply_yarn(lm: LMModel, config: YarnConfig) -> Callable[[], None]:
         What gives the model its own window and frequencies back.
 
     Raises:
-        InlayError: The model has no RoPE or no window, or is streaming.
+        InlayError: The model has no RoPE or no window, is streaming, or has YaRN already.
     """
     transformer, context = lm.transformer, config.original_context or lm.context
     if transformer.rope is None:
         raise InlayError(
             f"YaRN stretches RoPE, but this model's positions are {transformer.positional_embedding!r}; leave yarn out"
         )
+    if isinstance(transformer.rope, YarnRotaryEmbedding):
+        raise InlayError("this model has YaRN already; take it off before another is applied")
     if context is None or context < 7:  # below 2π no pair turns round within the window
         raise InlayError(
             f"YaRN needs the window that the model was trained with, 7 frames or more; this model's is {context}: give "
@@ -168,7 +186,11 @@ def apply_yarn(lm: LMModel, config: YarnConfig) -> Callable[[], None]:
     head_dim = layers[0].embed_dim // layers[0].num_heads
     frequencies, scaling = yarn_frequencies(config, head_dim, transformer.max_period, context)
     rope = YarnRotaryEmbedding(
-        frequencies, scaling, interleave=transformer.rope.interleave, max_period=transformer.max_period
+        frequencies,
+        scaling,
+        interleave=transformer.rope.interleave,
+        max_period=transformer.max_period,
+        config=config.model_copy(update={"original_context": context}),
     )
     longer = round(context * config.factor)
 

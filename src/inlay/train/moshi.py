@@ -32,7 +32,7 @@ from inlay.moshi.lora import add_lora, embedding_parameters, lora_layers
 from inlay.moshi.model import MoshiForTraining
 from inlay.moshi.sequences import MoshiData, collate_sequences, load_sequences
 from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
-from inlay.moshi.yarn import apply_yarn
+from inlay.moshi.yarn import apply_yarn, yarn_of
 from inlay.train.directory import DONE, RECIPE, RunError, begin_run, refuse_another_run, run_trainer, training_arguments
 from inlay.train.monitor import monitor_on
 from inlay.train.moshi_recipe import MoshiRecipe, load_moshi_recipe
@@ -201,7 +201,7 @@ def load_moshi_run(directory: Path, *, device: str | torch.device | None = None,
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load_checkpoint(recipe.moshi_paths.hf_repo_id, device=where, dtype=DTYPES[recipe.param_dtype])
     lm, memory = load_finetuned(checkpoint, directory / FINETUNED, **overrides)
-    if recipe.yarn is not None:
+    if recipe.yarn is not None and yarn_of(lm) is None:  # runs from before the window was saved with the weights
         apply_yarn(lm, recipe.yarn)
     return MoshiRun(directory, recipe, checkpoint, lm, memory)
 

@@ -139,10 +139,19 @@ class TestFile:
             run_file(moshi, tmp_path / "three.wav", out)
         with pytest.raises(RunError, match="holds no samples"):
             run_file(moshi, recording(tmp_path / "empty.wav", sound(0)), out)
+        heard = recording(tmp_path / "in.wav", sound(1))
+        before = heard.read_bytes()
+        with pytest.raises(RunError, match=r"the answer would be written over .*in\.wav, which is heard"):
+            run_file(moshi, heard, tmp_path / "." / "in.wav")
+        with pytest.raises(RunError, match=r"the answer cannot be written to .*: (Not a directory|File exists)"):
+            run_file(moshi, heard, heard / "out.wav")
+        with pytest.raises(RunError, match=r"the session cannot be written to .*: (Not a directory|File exists)"):
+            run_file(moshi, heard, out, session=heard / "session")
+        assert heard.read_bytes() == before
         damaged = tmp_path / "session"
         damaged.write_bytes(b"x" * 100)
         with pytest.raises(inlay.CheckpointError, match="damaged or cut off"):
-            run_file(moshi, recording(tmp_path / "in.wav", sound(1)), out, session=damaged)
+            run_file(moshi, heard, out, session=damaged)
         assert not moshi.lm.is_streaming
         assert not moshi.mimi.is_streaming
         left = {"text.wav", "three.wav", "empty.wav", "session", "in.wav"}

@@ -98,10 +98,14 @@ def run_file(
 
     Raises:
         DataError: The recording is missing or cannot be read.
-        RunError: It has more than two channels, or no samples.
+        RunError: It has more than two channels or no samples, or the answer or the session could not be written where
+            it is wanted; said before anything is heard.
         CheckpointError: The session is damaged or of another model.
     """
     source = Path(source)
+    for what, path in (("answer", target), ("session", session)):
+        if path is not None:
+            require_place(Path(path), what, source)
     frames, total = _user_frames(source, moshi.mimi.sample_rate, moshi.frame_size)
     run = Run(str(source), moshi.source, moshi.mimi.frame_rate)
     caption = _Caption(run)
@@ -129,6 +133,22 @@ def run_file(
         if session is not None:
             duplex.save(session)
     return run
+
+
+def require_place(path: Path, what: str, source: Path | None = None) -> None:
+    """Make the folder in which ``path`` will be written, before the time is spent on what goes there.
+
+    Raises:
+        RunError: There can be no such folder, or ``path`` is what is heard.
+    """
+    if source is not None and path.resolve() == source.resolve():
+        raise RunError(f"the {what} would be written over {source}, which is heard; give it another name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"the {what} cannot be written to {path}: {error.strerror} ({error.filename})") from None
+    if not os.access(path.parent, os.W_OK):
+        raise RunError(f"the {what} cannot be written to {path}: {path.parent} is read-only")
 
 
 def _user_frames(path: Path, rate: int, frame_size: int) -> tuple[Iterator[Samples], int]:
@@ -165,7 +185,6 @@ def _user_frames(path: Path, rate: int, frame_size: int) -> tuple[Iterator[Sampl
 @contextmanager
 def _wav(path: Path, rate: int, channels: int) -> Iterator[Callable[[Samples], None]]:
     """Gives what adds ``[channels, samples]`` to a 16-bit WAV, which is at ``path`` once all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with wave.open(str(temporary), "wb") as file:

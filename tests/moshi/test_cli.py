@@ -34,9 +34,14 @@ def test_check_prints_the_figures_and_every_problem(tmp_path: Path) -> None:
     code, output = call("check", f"{sound}:2,{problems}:1")
     assert code == 1
     assert f"{problems}:1" in output.replace("\n", "")
+    assert re.search(r"\bis\W+mono\b", output)  # a long path before it may break the line in between
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    code, output = call("check", empty)
+    assert code == 1
+    assert "lists no" in output  # a long path beside it breaks the line
     (tmp_path / good["path"]).with_suffix(".json").write_text('{"alignments": [["x", 1, 2, "SPEAKER_MAIN"]]}')
     assert "[start, end]" in call("check", sound)[1]
-    assert re.search(r"\bis\W+mono\b", output)  # a long path before it may break the line in between
 
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")

@@ -113,6 +113,10 @@ def check_audio(data: str, *, progress: Progress | None = None) -> AudioReport:
     listed = _Listed()
     files = read_manifests(data, listed)
     findings = list(listed.findings)
+    if not files and not findings:
+        findings.append(
+            Finding("manifest", data, 'lists no conversation: a line of a manifest is {"path": …, "duration": …}')
+        )
     conversations: list[Conversation] = []
     duplicates = find_duplicates(files)
     for index, file in enumerate(files):

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from inlay.train import RecipeError, dump_recipe, load_recipe, parse_recipe
+from inlay.train.directory import training_arguments
 
 VALID = {
     "name": "x",
@@ -106,3 +107,15 @@ COME_ALONG = [path for path in sorted(Path("src/inlay/recipes").glob("*.yaml")) 
 @pytest.mark.parametrize("path", COME_ALONG, ids=lambda p: p.stem)
 def test_the_recipes_that_come_along_are_valid(path: Path) -> None:
     assert load_recipe(path).name == path.stem
+
+
+def test_a_strategy_may_be_no_without_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    rest = {key: value for key, value in VALID.items() if key != "trainer"}
+    path.write_text(yaml.safe_dump(rest) + "trainer: {save_strategy: no, bf16: no}\n")
+    assert load_recipe(path).trainer == {"save_strategy": "no", "bf16": False}
+
+
+def test_what_the_trainer_does_not_take_is_told_in_the_recipes_terms(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"trainer: .*often"):
+        training_arguments(tmp_path, 0, {"save_strategy": "often"})

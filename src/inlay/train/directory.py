@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from inlay.fastweight import InlayError
 from inlay.train.trainer import MetricsFile, ProgressBar
-from inlay.train.yaml_recipe import Section, dump_recipe, read_recipe
+from inlay.train.yaml_recipe import RecipeError, Section, dump_recipe, read_recipe
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -56,14 +56,21 @@ def begin_run(directory: Path, recipe: Section) -> None:
 
 
 def training_arguments(directory: Path, seed: int, trainer: dict[str, Any]) -> TrainingArguments:
-    """The Trainer's arguments for a run in ``directory``: a recipe's ``trainer`` section over the run's defaults."""
-    return TrainingArguments(
-        output_dir=str(directory),
-        seed=seed,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        **(_DEFAULTS | {"dataloader_pin_memory": torch.cuda.is_available()} | trainer),
-    )
+    """The Trainer's arguments for a run in ``directory``: a recipe's ``trainer`` section over the run's defaults.
+
+    Raises:
+        RecipeError: A value that ``TrainingArguments`` does not take, alone or with another.
+    """
+    try:
+        return TrainingArguments(
+            output_dir=str(directory),
+            seed=seed,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            **(_DEFAULTS | {"dataloader_pin_memory": torch.cuda.is_available()} | trainer),
+        )
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"trainer: {error}") from error
 
 
 def run_trainer(trainer: Trainer, directory: Path, *, resume: bool, console: Console) -> dict[str, float]:

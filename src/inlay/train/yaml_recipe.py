@@ -45,6 +45,8 @@ class Section(BaseModel):
 def check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments`` when transformers' ``TrainingArguments`` takes every one and none is the run's own to set.
 
+    A strategy that YAML read as false is the ``no`` that was written.
+
     Raises:
         ValueError: Names the key, and what is meant or to be used in its place.
     """
@@ -54,7 +56,7 @@ def check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key!r} is set by the run: {_OWNED[key]}")
         if key not in known:
             raise ValueError(f"unknown key {key!r}{_nearest(key, known)}")
-    return arguments
+    return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in arguments.items()}
 
 
 def read_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R:

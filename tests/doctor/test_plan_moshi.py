@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from benchmarks.measure import extra_bytes
 from inlay.cli import app
+from inlay.doctor import plan_moshi as plan_moshi_module
 from inlay.doctor.dry_run import PlanError, TrainingStep, dry_run
 from inlay.doctor.plan_moshi import MoshiSubject, model_sizes, plan_moshi_recipe, training_step
 from inlay.doctor.plan_step import materialised_bytes
@@ -58,6 +59,20 @@ def test_the_predicted_peak_is_the_measured_one(case: str, toy: MoshiCheckpoint)
     assert recipe.memory is not None
     predicted = dry_run(MoshiSubject(recipe, toy.lm_config), recipe.memory, step).peak.total
     assert predicted == pytest.approx(measured_bytes(recipe, toy, step), rel=0.02)
+
+
+def test_walking_a_few_slices_and_blocks_is_as_good_as_walking_all(
+    toy: MoshiCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(toy, mode="all", batch_size=1, memory={"layers": [1], "chunk_size": 64, "eta": 0.1})
+    assert recipe.memory is not None
+    step = replace(training_step(recipe)[0], tokens=800)  # four slices, 13 blocks
+    wide = MoshiSubject(recipe, toy.lm_config | {"text_card": 8000})  # so that the peak is among the slices
+    few = dry_run(wide, recipe.memory, step)
+    monkeypatch.setattr(plan_moshi_module, "_SLICES", 10**6)
+    monkeypatch.setattr(plan_moshi_module, "_BLOCKS", 10**6)
+    assert dry_run(wide, recipe.memory, step) == few
+    assert few.peak.scope.kind == "head"
 
 
 def measured_bytes(recipe: MoshiRecipe, toy: MoshiCheckpoint, step: TrainingStep) -> int:

@@ -36,8 +36,8 @@ MOST_FRAMES = 32_000
 """``duration_sec`` is 2,560 at most."""
 _BLOCKS = 2
 """Blocks of each attention that a dry run walks: the last, and the one before, which is full."""
-_SLICES = 1
-"""Slices of frames whose logits a dry run makes."""
+_SLICES = 2
+"""Slices of frames whose logits a dry run makes: two, as the gradient of trained heads is summed over them."""
 _SEVEN_B = "kyutai/moshi"
 """How the names of Kyutai's 7B models begin: moshiko and moshika, and the same in other formats."""
 _FILES = {"moshi_name", "mimi_name", "tokenizer_name", "mimi_config_name", "lora_name"}
@@ -212,7 +212,10 @@ class MoshiSubject:
 
 
 def _few_slices() -> SliceNats:
-    """Makes the logits of the first slice alone: the others need the same memory and leave the same behind."""
+    """Makes the logits of the first slices alone: the others need the same memory and leave the same behind.
+
+    The backward comes to the first ones last, when most is held.
+    """
     made = 0
 
     def slice_nats(lm: LMModel, hidden: Tensor, said: Tensor, targets: Tensor) -> Tensor:

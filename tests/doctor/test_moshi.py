@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from inlay import FastWeightConfig, attach
 from inlay.cli import app
-from inlay.doctor import examine
+from inlay.doctor import examine, moshi_recipes, plan
 from inlay.doctor.causality import probe_causality
+from inlay.doctor.dry_run import PlanError
 from inlay.doctor.findings import Severity
 from inlay.doctor.moshi_lint import MoshiCase, lint_moshi
 from inlay.doctor.moshi_model import MoshiCausalLM
@@ -29,6 +30,12 @@ from inlay.moshi.toy import write_toy_checkpoint
 from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
 from inlay.train.yaml_recipe import RecipeError, dump_recipe
 from tests.moshi.runs import SIZES, make_recipe, make_store, make_toy
+
+
+@pytest.fixture(autouse=True)
+def one_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan of the recipe's own length alone: each dry run takes seconds."""
+    monkeypatch.setattr(plan, "_LENGTHS", (1,))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +118,7 @@ def test_a_sound_recipe_is_healthy_and_its_model_has_its_attention_back(
     toy: MoshiCheckpoint, codes: Path, held: Path
 ) -> None:
     diagnosis = examine_moshi_recipe(sound(toy, codes, held))
-    assert {*MEASURED, "lint"} <= diagnosis.examinations.keys()
+    assert {*MEASURED, "lint", "memory"} <= diagnosis.examinations.keys()
     assert [f.code for f in diagnosis.findings if f.severity] == []
     assert diagnosis.examinations["reach"].frame_rate == 12.5  # type: ignore[attr-defined]
 
@@ -173,12 +180,25 @@ def test_layers_that_the_model_has_not_end_the_examination(toy: MoshiCheckpoint,
     assert [finding.code for finding in diagnosis.findings] == ["lint.layers"]
 
 
+def test_a_step_that_does_not_fit_ends_the_examination(toy: MoshiCheckpoint, codes: Path, held: Path) -> None:
+    diagnosis = examine_moshi_recipe(sound(toy, codes, held), budget_gb=0.001)
+    assert diagnosis.exit_code == 2
+    assert next(iter(diagnosis.findings)).code == "memory.out_of_memory"
+    assert set(MEASURED) <= diagnosis.skipped.keys()
+
+
 def test_a_recipe_without_a_memory_has_nothing_to_examine(toy: MoshiCheckpoint, codes: Path, held: Path) -> None:
     with pytest.raises(RecipeError, match="has no memory"):
         examine_moshi_recipe(sound(toy, codes, held, memory=None, mode="all"))
 
 
-def test_the_command_examines_a_moshi_recipe(toy: MoshiCheckpoint, codes: Path, held: Path, tmp_path: Path) -> None:
+def test_the_command_examines_a_moshi_recipe(
+    toy: MoshiCheckpoint, codes: Path, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PlanError("it does not run without numbers")
+
+    monkeypatch.setattr(moshi_recipes, "plan_moshi_recipe", refuse)
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(sound(toy, codes, held)))
     clipped = "memory.max_update_norm=1e-5"
@@ -186,5 +206,6 @@ def test_the_command_examines_a_moshi_recipe(toy: MoshiCheckpoint, codes: Path, 
     assert result.exit_code == 2, result.output
     content = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
     assert content["exit_code"] == 2
+    assert content["skipped"] == {"memory": "it does not run without numbers"}
     assert any(finding["code"].endswith(".clip") for finding in content["findings"])
     assert (tmp_path / "out" / "report.html").is_file()

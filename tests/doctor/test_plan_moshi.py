@@ -11,14 +11,18 @@ import pytest
 import torch
 from moshi.models import loaders
 from torch import Tensor
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from benchmarks.measure import extra_bytes
 from inlay.cli import app
+from inlay.doctor import plan as plan_module
 from inlay.doctor import plan_moshi as plan_moshi_module
 from inlay.doctor.dry_run import PlanError, TrainingStep, dry_run
+from inlay.doctor.plan import RecipePlan, plan_step
 from inlay.doctor.plan_moshi import MoshiSubject, model_sizes, plan_moshi_recipe, training_step
 from inlay.doctor.plan_step import materialised_bytes
+from inlay.fastweight import FastWeightConfig
 from inlay.moshi.model import MoshiForTraining
 from inlay.moshi.toy import ToySizes, write_toy_checkpoint
 from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
@@ -117,21 +121,40 @@ def test_moshi_7b_is_planned_with_all_its_weights() -> None:
     assert trace.peak.total < 20e9
 
 
-def test_what_does_not_fit_is_mended_in_the_recipes_own_terms(toy: MoshiCheckpoint) -> None:
-    plan = plan_moshi_recipe(recipe_of(toy, mode="all", duration_sec=120.0, batch_size=4), budget_gb=0.02)
+def test_what_does_not_fit_is_mended_in_the_recipes_own_terms() -> None:
+    plan = plan_of_a_small_step(budget_gb=0.01)
     assert plan.longest is not None
     assert plan.longest.seconds == plan.longest.tokens / 12.5
     (finding,) = plan.findings()
     assert finding.code == "memory.out_of_memory"
     assert "batch_size: 1" in finding.fix
+    assert f"duration_sec: {plan.longest.seconds:g}" in finding.fix
     assert "data.sequence_length" not in finding.fix
 
 
-def test_no_sequence_longer_than_a_recipe_may_ask_for_is_planned(toy: MoshiCheckpoint) -> None:
-    plan = plan_moshi_recipe(recipe_of(toy, mode="memory", duration_sec=2560.0, batch_size=1), budget_gb=100.0)
+def test_no_sequence_longer_than_a_recipe_may_ask_for_is_planned() -> None:
+    plan = plan_of_a_small_step(budget_gb=100.0)
     assert plan.longest is not None
-    assert plan.longest.tokens == 32_000
-    assert [cost.tokens for cost in plan.lengths] == [16_000, 32_000]
+    assert plan.longest.tokens == 1536
+    assert [cost.tokens for cost in plan.lengths] == [512, 1024, 1536]
+
+
+def plan_of_a_small_step(budget_gb: float) -> RecipePlan:
+    """Of a text model, which is quick, in a Moshi recipe's terms."""
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+    )
+    step = TrainingStep(1024, batch_size=4, dtype="float32", mode="all", device="cpu")
+    return plan_step(
+        config,
+        FastWeightConfig(layers=[1], chunk_size=64),
+        step,
+        budget_gb=budget_gb,
+        frame_rate=12.5,
+        changes={"batch_size: 1": replace(step, batch_size=1)},
+        length_key="duration_sec",
+        most_tokens=1536,
+    )
 
 
 def test_a_recipe_without_a_memory_has_nothing_to_plan(toy: MoshiCheckpoint) -> None:
@@ -149,12 +172,15 @@ def test_the_sizes_of_a_folder_are_its_own_and_a_missing_one_is_named(toy: Moshi
         model_sizes(str(tmp_path))
 
 
-def test_the_command_plans_a_moshi_recipe(toy: MoshiCheckpoint, tmp_path: Path) -> None:
+def test_the_command_plans_a_moshi_recipe(
+    toy: MoshiCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe_of(toy, duration_sec=20.0)))
-    result = CliRunner().invoke(app, ["plan", "memory", str(path), "mode=all", "--budget", "1"])
+    monkeypatch.setattr(plan_module, "_LENGTHS", (1,))
+    result = CliRunner().invoke(app, ["plan", "memory", str(path), "mode=all"])
     assert result.exit_code == 0, result.output
-    assert "duration_sec" in result.output
+    assert "2 × 250 tokens" in result.output
     path.write_text(json.dumps({"name": "x", "moshi_paths": {"hf_repo": "x"}}))
     result = CliRunner().invoke(app, ["plan", "memory", str(path)])
     assert result.exit_code != 0

@@ -11,10 +11,12 @@ from transformers import set_seed
 
 from inlay.data.problems import DataError
 from inlay.doctor.diagnosis import Diagnosis
+from inlay.doctor.dry_run import PlanError
 from inlay.doctor.examine import Progress, examine
-from inlay.doctor.findings import Examination
+from inlay.doctor.findings import Examination, Severity
 from inlay.doctor.moshi_lint import MoshiCase, lint_moshi
 from inlay.doctor.moshi_model import MoshiCausalLM
+from inlay.doctor.plan_moshi import LENGTH_KEY, plan_moshi_recipe
 from inlay.doctor.recipes import MEASURED
 from inlay.moshi.model import MoshiForTraining
 from inlay.moshi.sequences import SequenceConfig, load_sequences
@@ -31,7 +33,7 @@ _BEFORE_IT_IS_BUILT = {"lint.layers", "lint.other_codes"}
 def examine_moshi_recipe(
     recipe: MoshiRecipe, *, source: Path | None = None, budget_gb: float | None = None, progress: Progress | None = None
 ) -> Diagnosis:
-    """Say whether the recipe's memory will learn from these conversations.
+    """Say whether the recipe's memory will learn from these conversations, and whether its training fits.
 
     Args:
         recipe: A checked recipe with a memory.
@@ -62,6 +64,18 @@ def examine_moshi_recipe(
     made["lint"] = lint_moshi(MoshiCase(recipe, checkpoint, data), source=source)
     if any(finding.code in _BEFORE_IT_IS_BUILT for finding in made["lint"].findings()):
         return stop("the model was not built, see the lint")
+    tell("memory")
+    try:
+        made["memory"] = plan_moshi_recipe(
+            recipe,
+            lm_config=checkpoint.lm_config,
+            budget_gb=budget_gb,
+            progress=lambda what: tell(f"memory, {what}"),
+        )
+    except PlanError as error:
+        skipped["memory"] = str(error)
+    if "memory" in made and any(finding.severity is Severity.FATAL for finding in made["memory"].findings()):
+        return stop("the training step does not fit, so the model was not built")
     tell("model")
     lm, _ = build_moshi(recipe, checkpoint)
     task = MoshiForTraining(lm, recipe.loss)
@@ -73,6 +87,7 @@ def examine_moshi_recipe(
                 model.sample(data.train, recipe.batch_size, recipe.seed),
                 longer_batch=_longer_batch(model, recipe),
                 frame_rate=recipe.doctor.frame_rate,
+                length_key=LENGTH_KEY,
                 progress=progress,
             )
     finally:

@@ -204,3 +204,12 @@ def test_a_layout_that_contradicts_itself_is_refused() -> None:
         PromptLayout(chat=True, bos=True)
     with pytest.raises(LayoutError, match="missing or blank"):
         PromptLayout().bind(byte_level()).prompt(" ")
+
+
+def test_a_text_that_was_read_before_is_read_again_when_the_tokenizer_has_learnt_a_token() -> None:
+    tokenizer = byte_level()
+    before = tokenise(tokenizer, "Paris", after="\n")
+    before.append(0)  # the caller's own
+    assert tokenise(tokenizer, "Paris", after="\n") == before[:-1]
+    tokenizer.add_tokens(["Par"])
+    assert tokenizer.convert_ids_to_tokens(tokenise(tokenizer, "Paris", after="\n"))[0] == "Par"

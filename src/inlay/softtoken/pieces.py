@@ -18,8 +18,9 @@ texts may hold special tokens.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from inlay.softtoken.errors import LayoutError
 
@@ -32,6 +33,12 @@ _MEMORY_MARK, _QUESTION_MARK, _ANSWER_MARK = "<<inlay:memory>>", "<<inlay:questi
 # Llama 3's templates write today's date into the prompt unless they are given one: training and answering would differ
 # from one day to the next. This is the date they fall back on.
 _DATE = "26 Jul 2024"
+
+_SHORT = 256
+"""Characters of a text, at most, whose tokens are kept."""
+
+Encoded: TypeAlias = "tuple[tuple[int, ...], tuple[tuple[int, int], ...]]"
+"""Token ids, and the characters ``(start, end)`` that each stands for."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +107,13 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, text: str, *, after: str = "", 
         plain: Read what looks like a special token as text.
     """
     if not text or not after:
-        return _encode(tokenizer, text, plain)["input_ids"] if text else []
+        return list(_encode(tokenizer, text, plain)[0]) if text else []
     for guard in (after[-1], "\n"):
-        whole = _encode(tokenizer, guard + text, plain)
-        ids, spans = whole["input_ids"], whole["offset_mapping"]
+        ids, spans = _encode(tokenizer, guard + text, plain)
         inside = sum(end <= len(guard) for _, end in spans)
         if all(start >= len(guard) for start, _ in spans[inside:]):
-            return ids[inside:]
-    return _encode(tokenizer, text, plain)["input_ids"]
+            return list(ids[inside:])
+    return list(_encode(tokenizer, text, plain)[0])
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
@@ -126,8 +132,17 @@ def own_beginning(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return []
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, text: str, plain: bool) -> Any:
-    return tokenizer(
+def _encode(tokenizer: PreTrainedTokenizerFast, text: str, plain: bool) -> Encoded:
+    # Training lays the same anchors, questions and answers out again and again, at 60 µs each.
+    if len(text) <= _SHORT:
+        return _encode_once(tokenizer, len(tokenizer), text, plain)
+    return _encode_once.__wrapped__(tokenizer, 0, text, plain)
+
+
+@functools.lru_cache(maxsize=1 << 15)
+def _encode_once(tokenizer: PreTrainedTokenizerFast, known: int, text: str, plain: bool) -> Encoded:
+    """``known`` is how many tokens the tokenizer has: with one more it may read a text otherwise."""
+    read: Any = tokenizer(
         text,
         add_special_tokens=False,
         split_special_tokens=plain,
@@ -135,6 +150,7 @@ def _encode(tokenizer: PreTrainedTokenizerFast, text: str, plain: bool) -> Any:
         return_attention_mask=False,
         verbose=False,
     )
+    return tuple(read["input_ids"]), tuple(read["offset_mapping"])
 
 
 def _cut(text: str, mark: str, what: str) -> tuple[str, str]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from inlay.cli import app, main
+from inlay.data.audio_check import check_audio
 from inlay.moshi.codes_store import CodesStore
 from inlay.moshi.toy import ToySizes, write_toy_checkpoint
 from tests.moshi.conversations import noise, write_conversation, write_manifest
@@ -35,13 +38,24 @@ def test_check_prints_the_figures_and_every_problem(tmp_path: Path) -> None:
     assert code == 1
     assert f"{problems}:1" in output.replace("\n", "")
     assert re.search(r"\bis\W+mono\b", output)  # a long path before it may break the line in between
+
+
+def test_the_table_of_problems_shows_them_as_they_are(tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    code, output = call("check", empty)
-    assert code == 1
-    assert "lists no" in output  # a long path beside it breaks the line
+    assert "lists no conversation" in shown(empty)
+    assert call("check", empty)[0] == 1
+    good = write_conversation(tmp_path, "good")
     (tmp_path / good["path"]).with_suffix(".json").write_text('{"alignments": [["x", 1, 2, "SPEAKER_MAIN"]]}')
-    assert "[start, end]" in call("check", sound)[1]
+    assert "not [word, [start, end], speaker]" in shown(write_manifest(tmp_path, [good], "a.jsonl"))
+
+
+def shown(data: Path) -> str:
+    """What ``check`` prints, on a screen on which no line breaks."""
+    screen = StringIO()
+    for table in check_audio(str(data)).tables():
+        Console(file=screen, width=1000, emoji=False).print(table)
+    return screen.getvalue()
 
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")

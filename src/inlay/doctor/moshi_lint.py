@@ -21,7 +21,7 @@ from inlay.evaluate.scoring import choose
 from inlay.fastweight import FastWeightConfig
 from inlay.moshi.codes_store import CodesStore
 from inlay.moshi.interleave import FRAME_RATE
-from inlay.moshi.sequences import MoshiData, MoshiSequences
+from inlay.moshi.sequences import MoshiData, MoshiSequences, mark_returns
 from inlay.moshi.weights import MoshiCheckpoint
 from inlay.train.moshi import refuse_other_codes
 from inlay.train.moshi_recipe import MoshiRecipe
@@ -39,12 +39,12 @@ class MoshiCase(Case):
     Attributes:
         recipe: The recipe.
         checkpoint: The files of its model, of which nothing is built.
-        data: Its sequences, if they can be opened.
+        data: Its sequences.
     """
 
     recipe: MoshiRecipe
     checkpoint: MoshiCheckpoint
-    data: MoshiData | None
+    data: MoshiData
 
     @property
     def configured(self) -> FastWeightConfig | None:
@@ -94,17 +94,11 @@ class MoshiCase(Case):
     @property
     def rates(self) -> dict[str, float]:
         """See :class:`Case`."""
-        rates = {"optim.lr": self.recipe.optim.lr, "optim.memory_lr": self.recipe.optim.memory_lr}
-        if self.recipe.mode == "memory" and self.recipe.optim.memory_lr is not None:
-            rates["optim.lr"] = None  # drives nothing
-        return {key: rate for key, rate in rates.items() if rate is not None}
-
-    @property
-    def sequences(self) -> MoshiData:
-        """The data. Raises :class:`NotChecked` if they are not to be had."""
-        if self.data is None:
-            raise NotChecked("not checked: the data cannot be read")
-        return self.data
+        lr, memory_lr = self.recipe.optim.lr, self.recipe.optim.memory_lr
+        if memory_lr is None:
+            return {"optim.lr": lr}
+        own = {"optim.memory_lr": memory_lr}
+        return own if self.recipe.mode == "memory" else {"optim.lr": lr} | own  # in that mode lr drives nothing
 
     @cached_property
     def window(self) -> int:
@@ -129,7 +123,7 @@ def lint_moshi(case: MoshiCase, *, source: Path | None = None) -> Lint:
 
 def _codes(case: MoshiCase) -> Iterator[Finding]:
     try:
-        refuse_other_codes(case.sequences, case.checkpoint)
+        refuse_other_codes(case.data, case.checkpoint)
     except DataError as error:
         yield Finding("lint.other_codes", Severity.FATAL, *_told(str(error)))
 
@@ -149,7 +143,7 @@ def _short(case: MoshiCase) -> Iterator[Finding]:
     size = case.memory.chunk_size
     if case.memory.boundary == "carry":
         return  # a row is one document
-    frames = [piece for row in case.sequences.train_statistics.rows for piece in row]
+    frames = [piece for row in case.data.train_statistics.rows for piece in row]
     alone = sum(piece <= size for piece in frames)
     if 3 * alone <= len(frames) or case.tokens <= size:
         return
@@ -167,7 +161,7 @@ def _short(case: MoshiCase) -> Iterator[Finding]:
 
 def _words(case: MoshiCase) -> Iterator[Finding]:
     """A main speaker without words, as when another name stands in the alignments or the channels are swapped."""
-    for name, split in (("training", case.sequences.train), ("evaluation", case.sequences.eval)):
+    for name, split in (("training", case.data.train), ("evaluation", case.data.eval)):
         files = sorted({(piece.store, piece.entry) for row in split.rows for piece in row})
         read = [files[index] for index in choose(len(files), _READ_FILES)]
         silent = [file for file in read if not _has_words(split.stores[file[0]], file[1])]
@@ -186,10 +180,10 @@ def _words(case: MoshiCase) -> Iterator[Finding]:
 
 
 def _returns(case: MoshiCase) -> Iterator[Finding]:
-    split = case.sequences.train
-    if not any(store.entries[index].stored.returns for store in split.stores for index in range(len(store.entries))):
+    split = case.data.train
+    if not any(entry.stored.returns for store in split.stores for entry in store.entries):
         raise NotChecked("not checked: the data do not tell which phrases return (those of inlay moshi synthesise do)")
-    farthest = max((int(item.max()) for item in _distances(split)), default=0)
+    farthest = max(_farthest_returns(split))
     if farthest <= case.window:
         says = (
             "no phrase of the training sequences returns after more than the attention's window of "
@@ -200,16 +194,19 @@ def _returns(case: MoshiCase) -> Iterator[Finding]:
         yield Finding("lint.nothing_returns", Severity.WARNING, says, fix)
 
 
-def _distances(split: MoshiSequences) -> Iterator[np.ndarray]:
-    for index in choose(len(split), min(len(split), _READ_FILES)):
-        yield split[index]["return_distances"].numpy()
+def _farthest_returns(split: MoshiSequences) -> Iterator[int]:
+    """Of each piece, how many frames lie between a phrase and its return, at most; 0 without one."""
+    for piece in {piece for row in split.rows for piece in row}:
+        distances = np.zeros(piece.frames, np.int64)
+        mark_returns(split.stores[piece.store], piece, distances)
+        yield int(distances.max())
 
 
 def _overlap(case: MoshiCase) -> Iterator[Finding]:
     """By content, wherever the files lie."""
     train, held = (
         {split.stores[piece.store].entries[piece.entry].stored.audio.sha256 for row in split.rows for piece in row}
-        for split in (case.sequences.train, case.sequences.eval)
+        for split in (case.data.train, case.data.eval)
     )
     if both := train & held:
         says = f"{len(both):,} of the {len(held):,} evaluation conversations are among the training conversations"

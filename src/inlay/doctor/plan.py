@@ -41,7 +41,8 @@ __all__ = [
 Progress = Callable[[str], None]
 
 _LENGTHS = (0.5, 1, 2)
-_OPTIMIZERS: dict[str, Optimizer] = {"adamw_torch_fused": "adamw", "adamw_torch": "adamw_torch", "sgd": "sgd"}
+OPTIMIZERS: dict[str, Optimizer] = {"adamw_torch_fused": "adamw", "adamw_torch": "adamw_torch", "sgd": "sgd"}
+"""How a dry run names the optimizers of transformers that it knows; others are planned as AdamW."""
 
 
 def plan_recipe(
@@ -184,7 +185,7 @@ def training_step(recipe: Recipe, config: PreTrainedConfig) -> tuple[TrainingSte
     trainer, data = recipe.trainer, recipe.data
     assumptions = []
     optimizer = str(trainer.get("optim", "adamw_torch_fused"))
-    if optimizer not in _OPTIMIZERS:
+    if optimizer not in OPTIMIZERS:
         assumptions.append(f"optim: {optimizer} is planned as AdamW with states in the parameters' dtype.")
     dtype: Any = recipe.model.dtype
     if dtype == "auto":
@@ -209,7 +210,7 @@ def training_step(recipe: Recipe, config: PreTrainedConfig) -> tuple[TrainingSte
         mode=recipe.mode,
         gradient_checkpointing=bool(trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing")),
         lora=None if recipe.lora is None else recipe.lora.model_dump(),
-        optimizer=_OPTIMIZERS.get(optimizer, "adamw"),
+        optimizer=OPTIMIZERS.get(optimizer, "adamw"),
         accumulate=int(trainer.get("gradient_accumulation_steps", 1)) > 1,
         document_tokens=document_tokens,
         padded=padded,

@@ -21,7 +21,7 @@ from moshi.models.lm import LMModel
 from torch import Tensor, nn
 
 from inlay.doctor.dry_run import PlanError, TrainingStep
-from inlay.doctor.plan import Progress, plan_step
+from inlay.doctor.plan import OPTIMIZERS, Progress, plan_step
 from inlay.doctor.plan_report import RecipePlan
 from inlay.fastweight import FastWeightConfig, Memory
 from inlay.moshi.loss import SliceNats, recomputed_nats
@@ -125,7 +125,7 @@ def training_step(recipe: MoshiRecipe) -> tuple[TrainingStep, tuple[str, ...]]:
     """The training step that a recipe runs, and what had to be assumed for it."""
     assumptions = []
     optimizer = str(recipe.trainer.get("optim", "adamw_torch_fused"))
-    if recipe.optim.muon is not None or optimizer not in ("adamw_torch_fused", "adamw_torch", "sgd"):
+    if recipe.optim.muon is not None or optimizer not in OPTIMIZERS:
         named = "optim.muon" if recipe.optim.muon is not None else f"optim: {optimizer}"
         assumptions.append(f"{named} is planned as AdamW with states in the parameters' dtype.")
     frames = recipe.data.frames
@@ -142,7 +142,7 @@ def training_step(recipe: MoshiRecipe) -> tuple[TrainingStep, tuple[str, ...]]:
         mode="all" if recipe.mode == "lora" else recipe.mode,
         gradient_checkpointing=recipe.gradient_checkpointing,
         lora=recipe.lora.model_dump() if recipe.lora.enable else None,
-        optimizer={"adamw_torch": "adamw_torch", "sgd": "sgd"}.get(optimizer, "adamw"),  # type: ignore[arg-type]
+        optimizer=OPTIMIZERS.get(optimizer, "adamw"),
         accumulate=recipe.num_microbatches > 1,
         document_tokens=document_tokens,
     )

@@ -181,7 +181,7 @@ class MoshiSequences(Dataset[dict[str, Tensor]]):
             codes[0, here] = store.text(piece.entry, piece.start, piece.stop)
             codes[1:, here] = store.codes(piece.entry, piece.start, piece.stop)
             documents[here] = document
-            _mark_returns(store, piece, distances[here])
+            mark_returns(store, piece, distances[here])
             at += piece.frames
         return {
             "codes": torch.from_numpy(codes),
@@ -190,7 +190,8 @@ class MoshiSequences(Dataset[dict[str, Tensor]]):
         }
 
 
-def _mark_returns(store: CodesStore, piece: Piece, distances: np.ndarray) -> None:
+def mark_returns(store: CodesStore, piece: Piece, distances: np.ndarray) -> None:
+    """Write into `distances` `[frames]` of a piece how many frames ago a returning phrase was said within it."""
     for again in store.entries[piece.entry].stored.returns:
         start, stop = math.floor(again.start * FRAME_RATE), math.ceil(again.end * FRAME_RATE)
         before = math.floor(again.before_start * FRAME_RATE)

@@ -1,12 +1,15 @@
-"""Muon beside AdamW is what each of torch's own optimizers does alone, and goes on from a saved state."""
+"""Muon in stacks steps as torch's does, beside AdamW as each does alone, and goes on from a saved state."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
 from inlay.fastweight import FastWeightConfig, attach
-from inlay.train.muon import MuonAdamW, split_matrices
+from inlay.train.muon import MuonAdamW, StackedMuon, orthogonalised, split_matrices
 from tests.softtoken.local import llama
 
 
@@ -71,7 +74,7 @@ def test_the_two_matrices_of_a_memory_are_trained_by_muon() -> None:
 def test_each_part_steps_as_torchs_own_optimizer_does() -> None:
     ours, theirs = Tied(), Tied()
     both = optimizer(ours)
-    muon = torch.optim.Muon([theirs.inner.weight], lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    muon = StackedMuon([theirs.inner.weight], lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     rest = [p for p in theirs.parameters() if p is not theirs.inner.weight]
     adamw = torch.optim.AdamW(rest, lr=0.01, betas=(0.9, 0.98), weight_decay=0.0)
     for _ in range(5):
@@ -79,6 +82,59 @@ def test_each_part_steps_as_torchs_own_optimizer_does() -> None:
         step(theirs, muon, adamw)
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter, theirs.get_parameter(name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.0},
+        {"adjust_lr_fn": "match_rms_adamw", "nesterov": False},
+        {"adjust_lr_fn": "original", "weight_decay": 0.5},
+        {},
+    ],
+    ids=str,
+)
+def test_stacked_steps_are_torchs_to_the_precision_of_bfloat16(settings: dict[str, Any], monkeypatch: Any) -> None:
+    """Five steps of wide, tall and square matrices, in stacks of two and one; torch computes in bfloat16."""
+    monkeypatch.setattr("inlay.train.muon._STACK", 2 * 6 * 4)
+    shapes = [(6, 4), (4, 6), (6, 4), (5, 5), (6, 4)]
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    start = [p.detach().clone() for p in ours]
+    pair = StackedMuon(ours, lr=0.01, **settings), torch.optim.Muon(theirs, lr=0.01, **settings)
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        for one in pair:
+            one.step()
+    for a, b, before in zip(ours, theirs, start, strict=True):
+        assert (a - b).norm() < 0.02 * (b - before).norm()
+    assert [*pair[0].state_dict()["state"][0]] == [*pair[1].state_dict()["state"][0]]
+
+
+def test_orthogonalised_is_its_polynomial_of_the_singular_values() -> None:
+    torch.manual_seed(0)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for shape in ((3, 7, 4), (3, 4, 7)):
+        matrices = torch.randn(shape)
+        u, s, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
+        s = s / s.norm(dim=-1, keepdim=True)
+        for _ in range(5):
+            s = a * s + b * s**3 + c * s**5
+        expected = (u * s.unsqueeze(-2)) @ vh
+        torch.testing.assert_close(orthogonalised(matrices, (a, b, c), 5).double(), expected, rtol=0, atol=1e-4)
+
+
+def test_a_parameter_without_a_gradient_is_left_alone() -> None:
+    still, moved = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    moved.grad = torch.eye(3)
+    one = StackedMuon([still, moved], lr=0.1)
+    one.step()
+    assert torch.equal(still, torch.ones(3, 3))
+    assert not torch.equal(moved, torch.ones(3, 3))
+    assert still not in one.state
 
 
 def test_a_scheduler_moves_both_learning_rates() -> None:

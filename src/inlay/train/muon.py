@@ -1,25 +1,104 @@
 """Muon for the matrices and AdamW for the rest, as one optimizer that a Trainer schedules, saves and resumes.
 
 Muon (Jordan et al., 2024) makes the update of a weight matrix orthogonal, so that all of its directions are learnt at
-one pace. It is meant for the weights of linear layers; embeddings, norms and single vectors stay with AdamW. Both come
-from ``torch.optim``, and Muon's steps are scaled to the size of AdamW's (``match_rms_adamw``), so that learning rates
-of one order of magnitude suit both.
+one pace. It is meant for the weights of linear layers; embeddings, norms and single vectors stay with AdamW. Muon's
+steps are scaled to the size of AdamW's (``match_rms_adamw``), so that learning rates of one order of magnitude suit
+both.
+
+``torch.optim.Muon`` makes one matrix after another orthogonal, in bfloat16. A small model has dozens of small ones, and
+a CPU emulates bfloat16, so that this took a fifth to a third of a step. :class:`StackedMuon` is the same optimizer, but
+takes matrices of one shape together, and on a CPU in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from inlay.fastweight.target import TargetGenerator
 
+_STACK = 1 << 24
+"""Numbers that are made orthogonal together, at most; a larger matrix goes alone."""
+
+
+class StackedMuon(torch.optim.Muon):
+    """``torch.optim.Muon``, its arguments and its state, stepping matrices of one shape together."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for matrices in _alike([p for p in group["params"] if p.grad is not None]):
+                self._step_together(group, matrices)
+        return loss
+
+    def _step_together(self, group: dict[str, Any], matrices: list[nn.Parameter]) -> None:
+        directions = []
+        for p in matrices:
+            assert p.grad is not None
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+            momentum = self.state[p]["momentum_buffer"]
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            directions.append(p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum)
+        updates = orthogonalised(torch.stack(directions), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rows, columns = matrices[0].shape
+        scale = {
+            "original": math.sqrt(max(1.0, rows / columns)),
+            "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
+        }[group["adjust_lr_fn"] or "original"]
+        for p, update in zip(matrices, updates, strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(update, alpha=-group["lr"] * scale)
+
+
+def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float = 1e-7) -> Tensor:
+    """Matrices with the singular vectors of those given and all singular values near 1 (Newton–Schulz iteration).
+
+    A step takes a singular value s to a·s + b·s³ + c·s⁵; before the first one they are divided by the Frobenius norm.
+
+    Args:
+        matrices: `[n, rows, columns]`.
+        coefficients: (a, b, c).
+        steps: Steps.
+        eps: Smallest norm that is divided by.
+
+    Returns:
+        `[n, rows, columns]`, bfloat16 on a CUDA device, float32 elsewhere.
+    """
+    a, b, c = coefficients
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _alike(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters of one shape, dtype and device together, in stacks of at most ``_STACK`` numbers."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for p in parameters:
+        groups.setdefault((p.shape, p.dtype, p.device), []).append(p)
+    for same in groups.values():
+        count = max(1, _STACK // same[0].numel())
+        yield from (same[start : start + count] for start in range(0, len(same), count))
+
 
 class MuonAdamW(torch.optim.Optimizer):
-    """``torch.optim.Muon`` and ``torch.optim.AdamW`` side by side.
+    """:class:`StackedMuon` and ``torch.optim.AdamW`` side by side.
 
     Args:
         matrices: Parameters for Muon, each of two dimensions.
@@ -43,7 +122,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.parts: list[torch.optim.Optimizer] = []
         if given := [*matrices]:
             self.parts.append(
-                torch.optim.Muon(given, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+                StackedMuon(given, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             )
         if rest := [*others]:
             self.parts.append(torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=0.0))

@@ -177,15 +177,14 @@ class FastWeightLinear(nn.Linear):
         if scale is not None and not context.recomputing:
             self.statistics.count(scale, layout.writes)
         exposure = self.config.exposure if self.training else 0.0
-        plan = ScanPlan(layout, self.config.eta, exposure, final_sum=context.state is not None)
+        plan = ScanPlan(layout, self.config.eta, exposure, final_sum=context.state is not None, rounded=True)
         initial = None if state is None else state.total()
         if layout.aligned and _is_plain_linear(base):
             out, total = scan(z_packed, v, initial, plan, weight=base.weight, bias=base.bias)
-            dtype = _linear_dtype(z)
         else:
             slow = base(z)
             fast, total = scan(z_packed, v, initial, plan)
-            out, dtype = slow.to(fast.dtype) + layout.unpack(fast), slow.dtype
+            out = (slow.to(fast.dtype) + layout.unpack(fast)).to(slow.dtype)
         if total is not None and context.state is not None:
             opened = layout.open_chunk(z_packed), layout.open_chunk(x_packed)
             products = None
@@ -201,7 +200,6 @@ class FastWeightLinear(nn.Linear):
             after.log(norms, torch.where(chunks, 1.0 if scale is None else scale.detach(), 0.0), emptied)
         if self.training:
             self.statistics.nonfinite |= ~torch.isfinite(out.detach()).all()
-        out = out.to(dtype)
         if self.observer is not None and not context.recomputing:
             with torch.no_grad():
                 seen = None if scale is None else scale.detach()
@@ -289,13 +287,6 @@ def _is_plain_linear(module: nn.Module) -> bool:
     """Whether calling ``module`` is ``F.linear`` with its weight and nothing else: no subclass, hook or offloading."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return type(module) is nn.Linear and "forward" not in module.__dict__ and not any(getattr(module, h) for h in hooks)
-
-
-def _linear_dtype(z: Tensor) -> torch.dtype:
-    """The dtype that ``F.linear`` gives for ``z``, under autocast too."""
-    if torch.is_autocast_enabled(z.device.type) and z.dtype != torch.float64:
-        return torch.get_autocast_dtype(z.device.type)
-    return z.dtype
 
 
 def capture_mlp_input(

@@ -43,6 +43,8 @@ class ScanPlan:
         final_sum: Whether the sum after the last chunk is wanted; without it the last Δ is not made.
         fused: Add η S to the slow weight before the product, where the accumulator's dtype is the operands' own: one
             product less, but where S is zero the output is that of the plain linear only up to rounding.
+        rounded: Give the output in the dtype that the plain linear gives, each chunk rounded from the accumulator's.
+            Neither the output nor its gradient is then ever held in the accumulator's as a whole.
     """
 
     layout: ChunkLayout
@@ -50,6 +52,7 @@ class ScanPlan:
     exposure: float
     final_sum: bool
     fused: bool = False
+    rounded: bool = False
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -77,7 +80,8 @@ def scan(
         bias: ``[D]`` added along with ``weight``.
 
     Returns:
-        The output ``[B, T', D]`` in the accumulator's dtype, and the final sum ``[B, D, F]`` if ``plan.final_sum``.
+        The output ``[B, T', D]`` in the accumulator's dtype (or ``plan.rounded``), and the final sum ``[B, D, F]`` if
+        ``plan.final_sum``.
     """
     out, final = _Scan.apply(z, v, initial, weight, bias, plan)  # type: ignore[no-untyped-call]
     return out, final if plan.final_sum else None
@@ -103,7 +107,8 @@ class _Scan(torch.autograd.Function):
         if fused is not None:
             out = torch.empty(shape, dtype=dtype, device=z.device)
         elif weight is not None:  # in the caller's autocast: what the plain projection gives, bit for bit
-            out = F.linear(z, weight, bias).to(dtype)
+            out = F.linear(z, weight, bias)
+            out = out if plan.rounded else out.to(dtype)
         else:
             out = torch.zeros(shape, dtype=dtype, device=z.device)
         with torch.autocast(z.device.type, enabled=False):
@@ -117,7 +122,10 @@ class _Scan(torch.autograd.Function):
                     torch.add(fused, read, alpha=plan.eta, out=effective)
                     add_product(out[:, chunk.span], zi, effective.mT, 1.0, overwrite=True)
                 elif chunk.index > 0 or initial is not None or plan.exposure:
-                    add_product(out[:, chunk.span], zi, read.mT, plan.eta)
+                    part = out[:, chunk.span].to(dtype)  # a copy if the output is rounded, else the output's own
+                    add_product(part, zi, read.mT, plan.eta)
+                    if part.dtype != out.dtype:
+                        out[:, chunk.span] = part
                 if plan.final_sum or not chunk.last:
                     _write(total, zi, vi, chunk, 1.0)
             if fused is not None and bias is not None:

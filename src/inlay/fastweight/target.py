@@ -48,7 +48,8 @@ class TargetGenerator(nn.Module):
         batch, tokens, width = x.shape
         size = min(self.chunk_size, tokens)
         chunks = -(-tokens // size)
-        grid = F.pad(x, (0, 0, 0, chunks * size - tokens)).reshape(batch * chunks, size, width)
+        missing = chunks * size - tokens
+        grid = (F.pad(x, (0, 0, 0, missing)) if missing else x).reshape(batch * chunks, size, width)
         taps = self.conv.to(x.dtype).unsqueeze(1)
         mixed = F.conv1d(grid.mT, taps, padding=taps.shape[-1] // 2, groups=width).mT
         mixed = mixed.reshape(batch, chunks * size, width)[:, :tokens]

@@ -1,4 +1,10 @@
-"""LoRA on Moshi as moshi-finetune has it: Kyutai's ``LoRALinear`` around every linear layer, the depformer's too."""
+"""LoRA on Moshi as moshi-finetune has it: Kyutai's ``LoRALinear`` around every linear layer, the depformer's too.
+
+    W x + B (s A x)
+
+Theirs multiplies B A x by s, and holds four results of the layer's width at once; :class:`LeanLoRALinear` holds two.
+On 32,000 frames of the 7B each is 1.4 GB around ``linear_in``, where a training step with a memory has its peak.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +13,9 @@ from collections.abc import Iterator
 
 import torch
 from moshi.models.lm import LMModel
-from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
+from moshi.modules.lora import LoRALinear
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from inlay.fastweight.errors import InlayError
 
@@ -32,6 +38,16 @@ class LoraConfig(BaseModel):
     """Train the embeddings too, the depformer's among them."""
 
 
+class LeanLoRALinear(LoRALinear):
+    """Kyutai's ``LoRALinear``, with its parameters and its output, in half the memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[…, in_features]`` to ``[…, out_features]``."""
+        out: Tensor = self.lora_B(self.lora_A(x) * self.scaling)
+        out += self.frozen_W(x)
+        return out
+
+
 def add_lora(lm: LMModel, config: LoraConfig, *, dtype: torch.dtype | None = None) -> None:
     """Put fresh adapters around the linear layers of ``lm``: A drawn, B zero, so that the model's outputs stay.
 
@@ -45,10 +61,20 @@ def add_lora(lm: LMModel, config: LoraConfig, *, dtype: torch.dtype | None = Non
     """
     if any(True for _ in lora_layers(lm)):
         raise InlayError("this model has LoRA adapters already")
-    replace_all_linear_with_lora(lm, config.rank, config.scaling, dtype=dtype)
-    for layer in lora_layers(lm):
+    linears = [
+        (module, name, child)
+        for module in lm.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.Linear)
+    ]
+    for module, name, linear in linears:
+        weight = linear.weight
+        sizes = linear.in_features, linear.out_features, config.rank, config.scaling
+        layer = LeanLoRALinear(*sizes, device=weight.device, dtype=dtype or weight.dtype)
+        layer.frozen_W = linear
         nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(layer.lora_B.weight)
+        setattr(module, name, layer)
 
 
 @torch.no_grad()

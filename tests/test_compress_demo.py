@@ -15,6 +15,7 @@ from rich.console import Console
 
 from inlay import compress_demo
 from inlay.demo import DemoError, recipe_path
+from inlay.train import allocator
 
 SMALL = {
     "decoder.config.hidden_size": 32,
@@ -77,7 +78,7 @@ def test_the_report_has_every_method_and_a_demo_of_before_is_replaced(
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 @pytest.mark.parametrize(("environment", "expected"), [({}, "True"), ({"MALLOC_TRIM_THRESHOLD_": "1"}, "False")])
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise(environment: dict[str, str], expected: str) -> None:
-    code = "from inlay.train.allocator import keep_freed_memory; print(keep_freed_memory())"
+    code = f"import runpy; print(runpy.run_path({allocator.__file__!r})['keep_freed_memory']())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment | {"PATH": ""}, check=True
     )

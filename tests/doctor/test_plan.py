@@ -61,20 +61,24 @@ CASES = {
     "logits of a large vocabulary": (architecture(vocab_size=4000), replace(STEP, tokens=512), MEMORY),
     "gpt2, bf16, memory alone": (
         architecture("gpt2"),
-        replace(STEP, tokens=600, dtype="bfloat16", mode="memory"),
+        replace(STEP, tokens=300, dtype="bfloat16", mode="memory"),
         MEMORY,
     ),
     "qwen3, bf16, memory+layers, three rows, checkpointing": (
         architecture("qwen3"),
-        replace(STEP, tokens=600, batch_size=3, dtype="bfloat16", mode="memory+layers", gradient_checkpointing=True),
+        replace(STEP, tokens=300, batch_size=3, dtype="bfloat16", mode="memory+layers", gradient_checkpointing=True),
         MEMORY,
     ),
     "qwen3, bf16, LoRA, checkpointing": (
         architecture("qwen3"),
-        replace(STEP, tokens=600, dtype="bfloat16", mode="memory+lora", lora=LORA, gradient_checkpointing=True),
+        replace(STEP, tokens=300, dtype="bfloat16", mode="memory+lora", lora=LORA, gradient_checkpointing=True),
         MEMORY,
     ),
-    "autocast, gradients accumulated": (architecture(), replace(STEP, autocast="bfloat16", accumulate=True), MEMORY),
+    "autocast, gradients accumulated": (
+        architecture(),
+        replace(STEP, tokens=300, autocast="bfloat16", accumulate=True),
+        MEMORY,
+    ),
     "clipped, exposed, hidden target": (architecture(), replace(STEP, mode="memory"), CLIPPED),
     "packed documents": (architecture(), replace(STEP, document_tokens=300), MEMORY),
     "padding, sliding window, SGD": (
@@ -94,7 +98,7 @@ CASES = {
 def test_the_predicted_peak_is_the_measured_one(case: str) -> None:
     config, step, memory = CASES[case]
     measured = measured_bytes(config, memory, step, torch.device("cpu"))
-    assert measured > 15 * 2**20
+    assert measured > 10 * 2**20
     assert dry_run(config, memory, step).peak.total == pytest.approx(measured, rel=0.02)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
@@ -45,11 +44,10 @@ class _Batch:
             return None
         memory = self.memory.to(self.inputs_embeds.device, self.inputs_embeds.dtype)
         order = packing_order(memory.mask, "left")
-        rows = torch.arange(memory.rows, device=order.device).unsqueeze(1)
         unread = ~memory.mask.gather(1, order)[:, None, :, None]
 
         def moved(tensor: Tensor) -> Tensor:
-            return tensor.transpose(1, 2)[rows, order].transpose(1, 2).masked_fill(unread, 0)
+            return tensor.gather(2, order[:, None, :, None].expand_as(tensor)).masked_fill_(unread, 0)
 
         return DynamicCache([(moved(keys), moved(values)) for keys, values in memory.kv or ()], config=self.config)
 

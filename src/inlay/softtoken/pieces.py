@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from inlay.softtoken.errors import LayoutError
 
@@ -133,7 +133,7 @@ def own_beginning(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, text: str, plain: bool) -> Encoded:
-    # Training lays the same anchors, questions and answers out again and again, at 60 µs each.
+    # Training lays the same anchors, questions and answers out again and again.
     if len(text) <= _SHORT:
         return _encode_once(tokenizer, len(tokenizer), text, plain)
     return _encode_once.__wrapped__(tokenizer, 0, text, plain)
@@ -141,16 +141,20 @@ def _encode(tokenizer: PreTrainedTokenizerFast, text: str, plain: bool) -> Encod
 
 @functools.lru_cache(maxsize=1 << 15)
 def _encode_once(tokenizer: PreTrainedTokenizerFast, known: int, text: str, plain: bool) -> Encoded:
-    """``known`` is how many tokens the tokenizer has: with one more it may read a text otherwise."""
-    read: Any = tokenizer(
-        text,
-        add_special_tokens=False,
-        split_special_tokens=plain,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    return tuple(read["input_ids"]), tuple(read["offset_mapping"])
+    """``known`` is how many tokens the tokenizer has: with one more it may read a text otherwise.
+
+    It is the tokenizer's backend that reads: what ``tokenizer(text)`` does around it takes several times as long on a
+    short text.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens != plain:
+        backend.encode_special_tokens = plain
+    read = backend.encode(text, add_special_tokens=False)
+    return tuple(read.ids), tuple(read.offsets)
 
 
 def _cut(text: str, mark: str, what: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from inlay.softtoken.batches import NO_LABEL, GenerationBatch, TrainingBatch
 from inlay.softtoken.errors import LayoutError
-from inlay.softtoken.tokens import SoftTokens, packing_order
+from inlay.softtoken.tokens import SoftTokens, in_order, packing_order
 from inlay.softtoken.wording import Prompt, Wording
 
 # Greedy, whatever the model's generation_config holds (sampling, a repetition penalty).
@@ -205,9 +205,8 @@ class BoundLayout(Wording):
         longest = int(mask.sum(dim=1).max())
         order = packing_order(mask, padding)
         order = order[:, :longest] if padding == "right" else order[:, mask.shape[1] - longest :]
-        rows = torch.arange(memory.rows, device=device).unsqueeze(1)
         mask = mask.gather(1, order)
-        embeds = embeds[rows, order].masked_fill(~mask.unsqueeze(-1), 0)
+        embeds = in_order(embeds, order).masked_fill_(~mask.unsqueeze(-1), 0)
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         if memory.form == "kv":
             cached = memory.mask.gather(1, packing_order(memory.mask, "left"))

@@ -9,8 +9,10 @@ import pytest
 import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer import Typer
 from typer.testing import CliRunner
 
+from inlay import cli
 from inlay.cli_compress import app
 from inlay.data import FactsConfig, facts_tokenizer, load_qa
 from inlay.softtoken.store import SoftTokenStore, StoreError
@@ -22,8 +24,8 @@ DATA = {"source": "facts", "facts": 2, "questions": 2, "tails": 10, "nouns": 24,
 FACTS = FactsConfig.model_validate(DATA)
 
 
-def inlay(*words: object) -> str:
-    """What ``inlay compress WORDS`` prints; its errors are raised."""
+def inlay(*words: object, app: Typer = app) -> str:
+    """What ``inlay compress WORDS`` prints (with ``app=cli.app`` ``inlay WORDS``); its errors are raised."""
     result = CliRunner().invoke(app, [*map(str, words)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
@@ -51,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "evaluate": {"examples": 6, "batch_size": 6, "ratios": [4]},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    said = inlay("train", folder / "recipe.yaml", "name=tiny", "trainer.max_steps=2", "--runs", folder)
+    said = inlay("train", folder / "recipe.yaml", "name=tiny", "trainer.max_steps=2", "--runs", folder, app=cli.app)
     assert "report.html" in said.replace("\n", "")
     return folder
 
@@ -93,7 +95,7 @@ def test_questions_about_one_context_are_evaluated_without_a_judgement_on_collap
 
 
 def test_a_run_is_evaluated_beside_its_baselines_and_reported(runs: Path) -> None:
-    said = inlay("evaluate", runs / "tiny")
+    said = inlay("evaluate", runs / "tiny", app=cli.app)
     for expected in ("full text", "soft tokens", "Collapse at 4×"):
         assert expected in said
     figures = json.loads((runs / "tiny" / "evaluation.json").read_text())

@@ -5,22 +5,27 @@
 Importing it changes nothing; :func:`attach` changes the one model it is given and ``memory.detach()`` gives it back.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
-from inlay.fastweight import (
-    AttachError,
-    CheckpointError,
-    FastWeightConfig,
-    InlayError,
-    Memory,
-    MemoryNeverReadError,
-    NonFiniteMemoryError,
-    Session,
-    StateError,
-    attach,
-    attach_pretrained,
-    find_memory,
-)
+if TYPE_CHECKING:
+    from inlay.fastweight import (
+        AttachError,
+        CheckpointError,
+        FastWeightConfig,
+        InlayError,
+        Memory,
+        MemoryNeverReadError,
+        NonFiniteMemoryError,
+        Session,
+        StateError,
+        attach,
+        attach_pretrained,
+        find_memory,
+    )
 
 __all__ = [
     "AttachError",
@@ -37,3 +42,13 @@ __all__ = [
     "attach_pretrained",
     "find_memory",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name is fetched when it is first used: ``inlay --help`` need not wait for torch and transformers."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from inlay import fastweight
+
+    value = globals()[name] = getattr(fastweight, name)
+    return value

@@ -57,7 +57,11 @@ def train(
 
     from inlay.train.kinds import recipe_kind
 
-    if recipe_kind(recipe) == "moshi":
+    kind = recipe_kind(recipe)
+    if kind == "compress":
+        cli_compress.train(recipe, overrides, runs, resume)
+        return
+    if kind == "moshi":
         from inlay.train.moshi import train_moshi
         from inlay.train.moshi_recipe import load_moshi_recipe
         from inlay.train.moshi_report import write_moshi_report
@@ -106,7 +110,11 @@ def evaluate(
         raise typer.BadParameter("give one run's directory", param_hint="RUN")
     from inlay.train.kinds import recipe_kind
 
-    if recipe_kind(run / "recipe.yaml") == "moshi":
+    kind = recipe_kind(run / "recipe.yaml")
+    if kind == "compress":
+        cli_compress.evaluate(run)
+        return
+    if kind == "moshi":
         from inlay.train.moshi_report import evaluate_moshi_run
 
         moshi, page = evaluate_moshi_run(run)
@@ -248,17 +256,19 @@ def demo(
 
 def main() -> None:
     """Run the command; what was done wrong is told without a traceback."""
-    from inlay.data import DataError
-    from inlay.fastweight import InlayError
-
     try:
         app(standalone_mode=True)
-    except (InlayError, DataError) as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
     except KeyboardInterrupt:
         errors.print("interrupted")
         raise SystemExit(130) from None
+    except Exception as error:
+        from inlay.data import DataError
+        from inlay.fastweight import InlayError
+
+        if not isinstance(error, InlayError | DataError):
+            raise
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from inlay.report.console import progress_bar
-
 app = typer.Typer(help="A long context as a few soft tokens before a frozen language model.", no_args_is_help=True)
 console = Console(emoji=False)
 errors = Console(stderr=True, emoji=False)
@@ -43,7 +41,7 @@ def train(
 @app.command()
 def evaluate(directory: RunPath) -> None:
     """Answer a run's held-out questions from soft tokens and from every baseline, and look for collapse."""
-    from inlay.report.console import print_section
+    from inlay.report.console import print_section, progress_bar
     from inlay.train.compress_report import measure_compress_run, write_compress_report
 
     suite = measure_compress_run(directory, shown=partial(progress_bar, errors))
@@ -90,6 +88,7 @@ def encode(
     A document is called by its path within DOCS, a line by its id. A call that
     was stopped, by whatever, goes on with --resume.
     """
+    from inlay.report.console import progress_bar
     from inlay.softtoken.document_files import read_documents
     from inlay.softtoken.documents import encode_documents
     from inlay.train.compress import load_compress_run

@@ -213,3 +213,16 @@ def test_a_text_that_was_read_before_is_read_again_when_the_tokenizer_has_learnt
     assert tokenise(tokenizer, "Paris", after="\n") == before[:-1]
     tokenizer.add_tokens(["Par"])
     assert tokenizer.convert_ids_to_tokens(tokenise(tokenizer, "Paris", after="\n"))[0] == "Par"
+
+
+@KINDS
+def test_what_the_tokenizer_was_told_before_changes_nothing(make: Callable[[], Tokenizer]) -> None:
+    """A call of the tokenizer leaves truncation, padding and the reading of special tokens behind in its backend."""
+    tokenizer = make()
+    tokenizer.pad_token = "</s>"
+    text = "Ada lives in Paris </s>"
+    for plain in (True, False):
+        expected = tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+        tokenizer([text, "Ada"], truncation=True, max_length=2, padding="max_length", split_special_tokens=not plain)
+        assert tokenise(tokenizer, text, plain=plain) == expected
+        assert (tokenizer.eos_token_id in expected) == (not plain)

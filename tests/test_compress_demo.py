@@ -30,7 +30,7 @@ SMALL = {
     "trainer.per_device_train_batch_size": 4,
     "trainer.warmup_steps": 1,
     "trainer.disable_tqdm": True,
-    "evaluate.examples": 32,
+    "evaluate.examples": 16,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from inlay.doctor.findings import Severity
 from inlay.doctor.moshi_lint import MoshiCase, lint_moshi
 from inlay.doctor.moshi_model import MoshiCausalLM
 from inlay.doctor.moshi_recipes import examine_moshi_recipe
+from inlay.doctor.plan_report import RecipePlan
 from inlay.doctor.recipes import MEASURED
 from inlay.evaluate.scoring import logits_of, token_bits
 from inlay.moshi.model import MoshiForTraining
@@ -180,8 +182,19 @@ def test_layers_that_the_model_has_not_end_the_examination(toy: MoshiCheckpoint,
     assert [finding.code for finding in diagnosis.findings] == ["lint.layers"]
 
 
-def test_a_step_that_does_not_fit_ends_the_examination(toy: MoshiCheckpoint, codes: Path, held: Path) -> None:
-    diagnosis = examine_moshi_recipe(sound(toy, codes, held), budget_gb=0.001)
+def test_a_step_that_does_not_fit_ends_the_examination(
+    toy: MoshiCheckpoint, codes: Path, held: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = moshi_recipes.plan_moshi_recipe
+
+    def beyond(recipe: Any, **settings: Any) -> RecipePlan:
+        """The recipe's plan, and a budget of which nothing was asked while planning: what would fit takes a minute."""
+        assert settings.pop("budget_gb") == 0.001
+        return replace(planned(recipe, **settings), budget_bytes=1_000_000)
+
+    monkeypatch.setattr(moshi_recipes, "plan_moshi_recipe", beyond)
+    recipe = sound(toy, codes, held, batch_size=1, gradient_checkpointing=True)
+    diagnosis = examine_moshi_recipe(recipe, budget_gb=0.001)
     assert diagnosis.exit_code == 2
     assert next(iter(diagnosis.findings)).code == "memory.out_of_memory"
     assert set(MEASURED) <= diagnosis.skipped.keys()

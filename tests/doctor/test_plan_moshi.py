@@ -70,7 +70,7 @@ def test_walking_a_few_slices_and_blocks_is_as_good_as_walking_all(
 ) -> None:
     recipe = recipe_of(toy, mode="all", batch_size=1, memory={"layers": [1], "chunk_size": 64, "eta": 0.1})
     assert recipe.memory is not None
-    step = replace(training_step(recipe)[0], tokens=800)  # four slices, 13 blocks
+    step = replace(training_step(recipe)[0], tokens=520)  # three slices, nine blocks
     wide = MoshiSubject(recipe, toy.lm_config | {"text_card": 8000})  # so that the peak is among the slices
     few = dry_run(wide, recipe.memory, step)
     monkeypatch.setattr(plan_moshi_module, "_SLICES", 10**6)

@@ -13,14 +13,24 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
+from rich.progress import Progress
+from typer.testing import CliRunner
 
 from inlay import moshi_demo
-from inlay.demo import DemoError, recipe_path
+from inlay.cli import app
+from inlay.demo import Arm, DemoError, arms_progress, recipe_path, train_arms
 from inlay.evaluate.moshi import MoshiEvaluation, SpanLoss, StreamLoss
 from inlay.moshi.toy import ToySizes
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 SMALL = {"max_steps": 2, "batch_size": 2, "duration_sec": 12, "log_freq": 1}
+
+
+def train_here(arms: list[Arm], progress: Progress, cores: int) -> None:
+    """What the arms' own processes run, in this one."""
+    for arm in arms:
+        words = ["train", str(arm.recipe), f"name={arm.directory.name}", *arm.overrides]
+        CliRunner().invoke(app, [*words, "--runs", str(arm.directory.parent)], catch_exceptions=False)
 
 
 @pytest.fixture
@@ -33,6 +43,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     recipe.write_text(yaml.safe_dump(raw))
     monkeypatch.setattr(moshi_demo, "recipe_path", lambda task: recipe)
     monkeypatch.setattr(moshi_demo, "cores_here", lambda: 1)
+    monkeypatch.setattr(moshi_demo, "train_arms", train_here)
     sizes = ToySizes(dim=16, num_layers=1, num_heads=2, context=12, depformer_dim=8, depformer_layers=1)
     monkeypatch.setattr(moshi_demo, "SIZES", sizes)
     monkeypatch.setattr(moshi_demo, "REACH", 12)
@@ -74,6 +85,16 @@ def test_conversations_that_were_damaged_are_not_trained_on(tmp_path: Path, smal
         moshi_demo.run_moshi_demo(root, Console(file=said, width=1000))
     assert "what is wrong" in said.getvalue()
     assert "00001.json" in said.getvalue()
+
+
+def test_a_training_that_fails_ends_the_demo_with_the_end_of_its_log(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: broken\nmoshi_paths: {}\n")
+    arm = Arm("moshi", "memory", recipe, (), tmp_path / "run", 2)
+    with arms_progress(Console(file=StringIO())) as progress, pytest.raises(DemoError) as error:
+        train_arms([arm], progress, 1)
+    assert "training moshi (memory) failed with exit code 2" in str(error.value)
+    assert f"{recipe} is no valid recipe" in str(error.value).replace("\n", "")
 
 
 def test_a_loss_is_lower_by_a_share_of_the_baselines() -> None:

@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 from inlay import cli
 from inlay.cli_compress import app
 from inlay.data import FactsConfig, facts_tokenizer, load_qa
+from inlay.demo import recipe_path
 from inlay.softtoken.store import SoftTokenStore, StoreError
 from inlay.train.compress import load_compress_run
 from inlay.train.directory import RunError
 from inlay.train.trainer import read_metrics
+from tests.softtoken.local import byte_level
 
 DATA = {"source": "facts", "facts": 2, "questions": 2, "tails": 10, "nouns": 24, "adjectives": 6, "eval_examples": 8}
 FACTS = FactsConfig.model_validate(DATA)
@@ -134,3 +136,35 @@ def test_the_one_document_of_a_store_need_not_be_named(runs: Path, documents: Pa
     example = load_qa(FACTS).eval[0]
     named = inlay("answer", runs / "tiny", tmp_path / "one", "--doc", "a.txt", "--question", example.question)
     assert inlay("answer", runs / "tiny", tmp_path / "one", "--question", example.question) == named
+
+
+def test_the_recipe_for_a_pretrained_decoder_runs_on_files_of_the_hubs_formats(tmp_path: Path) -> None:
+    """recipes/squad.yaml as it is, but for where model and data lie and how long it trains."""
+    torch.manual_seed(0)
+    tokenizer = byte_level()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "decoder")
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    (tmp_path / "squad").mkdir()
+    for split, count in (("train", 8), ("validation", 4)):
+        rows = [
+            {
+                "id": f"{split} {number}",
+                "title": f"{split} {number // 2}",
+                "context": f"Ada Lovelace, the mother of Bob {split} {number // 2}, was born in 1815.",
+                "question": "Who was born in 1815?",
+                "answers": {"text": ["Ada Lovelace"], "answer_start": [0]},
+            }
+            for number in range(count)
+        ]
+        (tmp_path / "squad" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes = [f"decoder.name_or_path={tmp_path / 'decoder'}", f"data.path={tmp_path / 'squad'}"]
+    changes += ["pretraining.max_steps=1", "trainer.max_steps=2", "trainer.use_cpu=true", "trainer.disable_tqdm=true"]
+    inlay("train", recipe_path("squad"), *changes, "layout.answer_tokens=8", "--runs", tmp_path / "runs")
+    inlay("evaluate", tmp_path / "runs" / "squad")
+    figures = json.loads((tmp_path / "runs" / "squad" / "evaluation.json").read_text())
+    assert figures["questions"] == 4
+    assert {one["budget"] for one in figures["methods"] if one["method"] == "soft tokens"} == {"4×", "8×"}

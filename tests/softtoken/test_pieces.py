@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -218,7 +219,7 @@ def test_a_text_that_was_read_before_is_read_again_when_the_tokenizer_has_learnt
 @KINDS
 def test_what_the_tokenizer_was_told_before_changes_nothing(make: Callable[[], Tokenizer]) -> None:
     """A call of the tokenizer leaves truncation, padding and the reading of special tokens behind in its backend."""
-    tokenizer = make()
+    tokenizer = copy.deepcopy(make())  # the others share it
     tokenizer.pad_token = "</s>"
     text = "Ada lives in Paris </s>"
     for plain in (True, False):

@@ -182,5 +182,5 @@ def test_the_command_plans_a_moshi_recipe(
     assert result.exit_code == 0, result.output
     assert "2 × 250 tokens" in result.output
     path.write_text(json.dumps({"name": "x", "moshi_paths": {"hf_repo": "x"}}))
-    result = CliRunner().invoke(app, ["plan", "memory", str(path)])
-    assert result.exit_code != 0
+    with pytest.raises(RecipeError, match="hf_repo: unknown key; did you mean 'hf_repo_id'"):
+        CliRunner().invoke(app, ["plan", "memory", str(path)], catch_exceptions=False)

@@ -57,7 +57,7 @@ def examine_recipe(
         return stop("the memory cannot be attached, see the lint")
     tell("memory")
     try:
-        made["memory"] = plan_recipe(recipe, budget_gb=budget_gb)
+        made["memory"] = plan_recipe(recipe, budget_gb=budget_gb, progress=lambda what: tell(f"memory, {what}"))
     except PlanError as error:
         skipped["memory"] = str(error)
     if "memory" in made and any(finding.severity is Severity.FATAL for finding in made["memory"].findings()):

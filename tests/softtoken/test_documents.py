@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -29,6 +30,7 @@ from inlay.softtoken.compressors import (
 )
 from inlay.softtoken.document_files import read_documents
 from inlay.softtoken.documents import answer, encode_documents
+from inlay.softtoken.errors import LayoutError
 from inlay.softtoken.pieces import tokenise
 from inlay.softtoken.store import (
     SoftTokenStore,
@@ -120,6 +122,19 @@ def test_nothing_is_written_when_one_document_cannot_be_encoded(tmp_path: Path) 
     with pytest.raises(CompressorError, match="ratio 5 is not among"):
         encode_documents(run, documents, tmp_path, ratio=5)
     assert not list(tmp_path.glob("shard-*"))
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_counted(tmp_path: Path) -> None:
+    run = a_run()
+    unknown = run.layout.tokenizer.unk_token
+    run.layout.tokenizer.unk_token = "Q"  # a token that a text can hold
+    try:
+        report = encode_documents(run, [Document("a", "QQ Ada Q"), Document("b", "Bob")], tmp_path)
+    finally:
+        run.layout.tokenizer.unk_token = unknown
+    assert report.unknown == 3
+    assert "3 of the tokens are unknown to the decoder's tokenizer" in str(report)
+    assert "unknown" not in str(replace(report, unknown=0))
 
 
 def test_encoding_is_in_eval_mode_and_leaves_the_modes_as_they_were(tmp_path: Path) -> None:
@@ -318,6 +333,13 @@ def test_files_and_lines_that_cannot_be_used_are_all_listed(tmp_path: Path) -> N
     (tmp_path / "c.jsonl").write_text("")
     with pytest.raises(DataError) as caught:
         read_documents(str(tmp_path))
+    (tmp_path / "d").mkdir()
+    for name in ("d/e.jsonl", "d/f.jsonl"):
+        (tmp_path / name).write_text('{"id": "x", "text": "one"}\n' * (1 + (name == "d/f.jsonl")))
+    with pytest.raises(DataError) as twice:
+        read_documents(str(tmp_path / "d"))
+    assert "f.jsonl:2: has the id 'x', as line 1 has" in str(twice.value)
+    assert re.search(r"f.jsonl: has a document called 'x', and so has .*e.jsonl", str(twice.value))
     for said in [
         "a.txt:1: is not UTF-8",
         "b.jsonl:1: has no field 'text' (its fields: 'id')",
@@ -329,3 +351,11 @@ def test_files_and_lines_that_cannot_be_used_are_all_listed(tmp_path: Path) -> N
     ]:
         assert said in str(caught.value)
     assert "on_error" not in str(caught.value)  # the command has no such option
+
+
+def test_of_several_questions_the_blank_one_is_named(tmp_path: Path) -> None:
+    run, documents = a_run(), texts(2)
+    encode_documents(run, documents, tmp_path)
+    asked = [(documents[0].name, "Who?"), (documents[1].name, " ")]
+    with pytest.raises(LayoutError, match=r"question 2 of 2, about 'd/1.txt': the question is missing or blank"):
+        answer(run, SoftTokenStore.open(tmp_path), asked)

@@ -251,8 +251,10 @@ def test_what_does_not_go_together_is_refused_with_the_fix() -> None:
         layout.generation(MODEL, rows.memory, questions[:3])
     with pytest.raises(LayoutError, match="5 answers for a memory of 4 rows"):
         layout.training(MODEL, rows.memory, questions, [*answers, "7"])
-    with pytest.raises(LayoutError, match="missing or blank"):
+    with pytest.raises(LayoutError, match="row 0: the question is missing or blank"):
         layout.generation(MODEL, rows.memory, None)
+    with pytest.raises(LayoutError, match="row 2: the question is missing or blank"):
+        layout.generation(MODEL, rows.memory, [*questions[:2], " ", questions[3]])
     with pytest.raises(LayoutError, match="width 8, the model's embeddings 32"):
         layout.generation(MODEL, SoftTokens(torch.zeros(4, 5, 8), rows.memory.mask), questions)
     endless = PromptLayout(question="{question} ", eos=False).bind(words())
@@ -278,3 +280,24 @@ def test_keys_and_values_that_a_forward_would_drop_are_refused() -> None:
     with pytest.raises(LayoutError, match="lost under gradient checkpointing"):
         layout.training(model, rows.memory, *rows.spelled())
     layout.training(model.eval(), rows.memory, *rows.spelled())
+
+
+@pytest.mark.parametrize("form", ["embeddings", "kv"])
+def test_a_row_that_takes_more_positions_than_the_model_has_is_named_and_not_answered(form: str) -> None:
+    layout = PromptLayout(bos=False, question="{question} ", anchor="Answer", answer_tokens=10).bind(words())
+    limit = MODEL.config.max_position_embeddings
+
+    def memory(slots: int) -> SoftTokens:
+        mask = torch.arange(slots).expand(2, -1) < torch.tensor([[3], [slots]])
+        if form == "embeddings":
+            return SoftTokens(torch.zeros(2, slots, MODEL.config.hidden_size), mask)
+        config = MODEL.config
+        shape = (2, config.num_key_value_heads, slots, config.head_dim)
+        return SoftTokens(None, mask, ((torch.zeros(shape), torch.zeros(shape)),) * config.num_hidden_layers)
+
+    room = limit - 10 - len(layout.prompt("7").after)
+    layout.generate(MODEL, memory(room), ["7", "7"], max_new_tokens=1)
+    with pytest.raises(LayoutError, match=rf"row 1: {room + 1} slots, 2 tokens of prompt .* {limit + 1} positions"):
+        layout.generate(MODEL, memory(room + 1), ["7", "7"])
+    with pytest.raises(LayoutError, match=r"row 0: 3 slots, [0-9]+ tokens of prompt"):
+        layout.generate(MODEL, memory(4), ["7 " * limit, "7"])

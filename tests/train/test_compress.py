@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from inlay.data import DataError, FactsConfig, FactsDataset, QAExample, facts_tokenizer, load_qa
+from inlay.softtoken.compressors import CompressorError
 from inlay.softtoken.errors import LayoutError
 from inlay.train.compress import (
     CompressionTask,
@@ -408,6 +409,23 @@ def test_a_layout_that_does_not_go_with_the_memory_is_refused_before_anything_is
     with pytest.raises(LayoutError, match="bos: false, bos_after: true"):
         train_compressor(recipe(decoder, compressor=compressor, layout={"bos": True}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_context_that_is_too_long_is_named_before_anything_is_written(tmp_path: Path, decoder: Path) -> None:
+    lines = [
+        {"context": "the " * many, "question": "the ?", "answers": "the", "id": f"n{many}"} for many in (9, 300, 12)
+    ]
+    held = {"context": "the", "question": "the ?", "answers": "the", "id": "held"}
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "held.jsonl").write_text(json.dumps(held))
+    data = {"source": "jsonl", "id_field": "id"}
+    data |= {"path": str(tmp_path / "train.jsonl"), "eval_path": str(tmp_path / "held.jsonl")}
+    with pytest.raises(
+        CompressorError, match=r"question n300: a context of 300 tokens .* split or cut it .context_tokens"
+    ):
+        train_compressor(recipe(decoder, data=data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train_compressor(recipe(decoder, {"max_steps": 1}, data=data, context_tokens=16), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from inlay.data.config import Paths
 from inlay.data.problems import DataError, Problems
 from inlay.data.qa_config import DatasetQAConfig, JsonlConfig
-from inlay.data.sources import find_files
+from inlay.data.sources import cannot_open, find_files
 
 _UNANSWERABLE = "an unanswerable question has an empty list"
 
@@ -101,7 +101,7 @@ def read_qa_dataset(split: str, config: DatasetQAConfig, problems: Problems) -> 
     try:
         rows: Iterable[Any] = load_dataset(config.path, config.dataset_config, split=split, streaming=True)
     except Exception as error:  # load_dataset raises many kinds, from its own to the network's
-        raise DataError(f"cannot open the data set {config.path}, split {split}: {error}") from error
+        raise cannot_open(config.path, split, error) from error
     index, iterator = 0, iter(rows)
     while True:
         try:

@@ -162,7 +162,7 @@ def read_jsonl_file(
         problems: takes what cannot be read.
         id_field: key of a string or number by which a line is called instead, where it has one.
     """
-    number = 0
+    number, seen = 0, dict[str, int]()
     try:
         with _open_binary(path) as lines:
             for number, line in enumerate(lines, 1):
@@ -171,6 +171,9 @@ def read_jsonl_file(
                 document = _document_of_line(line, f"{name}:{number}", text_field, id_field)
                 if isinstance(document, _Bad):
                     problems.report(f"{path}:{number}", document.reason)
+                elif id_field is not None and seen.setdefault(document.name, number) != number:
+                    first = seen[document.name]
+                    problems.report(f"{path}:{number}", f"has the {id_field} {document.name!r}, as line {first} has")
                 else:
                     yield document
     except (OSError, EOFError, zlib.error) as error:
@@ -178,6 +181,14 @@ def read_jsonl_file(
     else:
         if number == 0:
             problems.report(str(path), "is empty")
+
+
+def cannot_open(name: str, split: str, error: Exception) -> DataError:
+    """What to raise when a data set cannot be opened."""
+    return DataError(
+        f"cannot open the data set {name}, split {split}: {error}\n"
+        "It is a folder with data files, or a hub id such as rajpurkar/squad, which needs a network or a cached copy"
+    )
 
 
 def read_dataset(
@@ -196,7 +207,7 @@ def read_dataset(
         batches = rows.iter(batch_size=_ROWS)
         first = next(batches, None)
     except Exception as error:  # load_dataset raises many kinds, from its own to the network's
-        raise DataError(f"cannot open the data set {name}, split {split}: {error}") from error
+        raise cannot_open(name, split, error) from error
     if first is not None and text_field not in first:
         raise DataError(f"{where} has no column {text_field!r}; text_field can be one of: {', '.join(first)}")
     index, batch = 0, first

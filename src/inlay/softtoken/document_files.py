@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from inlay.data import Document
 from inlay.data.config import Paths
 from inlay.data.problems import Problems
@@ -15,14 +17,19 @@ def read_documents(paths: Paths, *, text_field: str = "text", id_field: str = "i
     has none, by its file and line number.
 
     Raises:
-        DataError: Nothing is found, or files or lines cannot be used; they are listed.
+        DataError: Nothing is found, files or lines cannot be used, or two documents have one id; they are listed.
     """
     problems = Problems(remedy="mend them, or take them out")
     documents: list[Document] = []
+    files: dict[str, Path] = {}
     for path, name in find_files(paths):
         if name.endswith(JSONL):
-            documents += read_jsonl_file(path, name, text_field, problems, id_field=id_field)
+            found = [*read_jsonl_file(path, name, text_field, problems, id_field=id_field)]
         else:
-            documents += (Document(name, one.text) for one in read_files(str(path), problems))
+            found = [Document(name, one.text) for one in read_files(str(path), problems)]
+        for document in found:
+            if (other := files.setdefault(document.name, path)) != path:
+                problems.report(str(path), f"has a document called {document.name!r}, and so has {other}")
+        documents += found
     problems.check()
     return documents

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from inlay.data import Document
 from inlay.softtoken.compressors import Compressor, CompressorError
+from inlay.softtoken.errors import LayoutError
 from inlay.softtoken.prompting import BoundLayout
 from inlay.softtoken.prompting import evaluating as evaluating
 from inlay.softtoken.store import SHARD_SECONDS, SoftTokenStore, StoredDocument, StoreError, StoreWriter, hash_text
@@ -61,6 +62,7 @@ class EncodeReport:
         replaced: Documents whose old slots were replaced.
         skipped: Documents that were there already.
         cut: Documents compressed of which only the first ``context_tokens`` were read.
+        unknown: Tokens compressed that the decoder's tokenizer does not know.
         tokens: Tokens compressed.
         slots: Slots that they became.
         nbytes: Bytes of these slots.
@@ -71,6 +73,7 @@ class EncodeReport:
     replaced: int
     skipped: int
     cut: int
+    unknown: int
     tokens: int
     slots: int
     nbytes: int
@@ -81,6 +84,7 @@ class EncodeReport:
         notes = [f"{self.replaced:,} of them replaced"] * bool(self.replaced)
         notes += [f"{self.skipped:,} more were there already"] * bool(self.skipped)
         notes += [f"{self.cut:,} cut at the run's context_tokens"] * bool(self.cut)
+        notes += [f"{self.unknown:,} of the tokens are unknown to the decoder's tokenizer"] * bool(self.unknown)
         size = f"{self.tokens:,} tokens in {self.slots:,} slots, {self.nbytes / 2**20:,.2f} MiB"
         return "; ".join([done, *notes, *[size] * bool(self.encoded)])
 
@@ -159,6 +163,7 @@ def encode_documents(
         replaced=len(changed),
         skipped=len(same),
         cut=sum(one.cut for one in pending),
+        unknown=sum(one.unknown for one in pending),
         tokens=total,
         slots=sum(one.note.slots for one in pending),
         nbytes=nbytes,
@@ -188,10 +193,16 @@ def answer(
 
     Raises:
         StoreError: The store is of another run, or holds no such document (the nearest ids are named).
+        LayoutError: A question is blank, or takes more positions with its slots and answer than the decoder has.
     """
     store.check(run.model, run.compressor, run.layout)
     answers = [""] * len(questions)
-    lengths = [(len(run.layout.prompt(text).after), store.find(name).slots) for name, text in questions]
+    lengths: list[tuple[int, int]] = []
+    for name, text in questions:
+        try:
+            lengths.append((len(run.layout.prompt(text).after), store.find(name).slots))
+        except LayoutError as error:
+            raise LayoutError(f"question {len(lengths) + 1} of {len(questions)}, about {name!r}: {error}") from error
     order = sorted(range(len(questions)), key=lambda index: lengths[index])
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -213,6 +224,8 @@ class _Pending:
     """`[tokens]` int32: half of what a list takes is too much where all documents wait at once."""
     cut: bool
     """There is more of it than is read."""
+    unknown: int
+    """How many of its tokens stand for what the tokenizer does not know."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +250,7 @@ class _Planner:
             StoredDocument(name, hash_text(text), len(ids), count, self.ratio),
             torch.tensor(ids, dtype=torch.int32),
             cut=len(ids) < len(whole),
+            unknown=ids.count(self.run.layout.tokenizer.unk_token_id),
         )
 
     def compare(self, texts: dict[str, str], stored: Iterable[StoredDocument]) -> tuple[set[str], list[str]]:

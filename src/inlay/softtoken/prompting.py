@@ -92,7 +92,8 @@ class BoundLayout(Wording):
         """Prompts for ``model.generate(**batch.inputs())``; arguments and errors as for :meth:`training`.
 
         Raises:
-            LayoutError: Also where a sliding window would count the padding between a row's keys and its prompt.
+            LayoutError: Also where a sliding window would count the padding between a row's keys and its prompt, and
+                where a row and the longest answer take more positions than the model has.
         """
         prompts = self._prompts(memory, questions)
         if len(self._alike(model, memory, prompts)) > 1:
@@ -101,6 +102,7 @@ class BoundLayout(Wording):
                 "padding before shorter prompts; answer prompts of one length together (answer and generate do)"
             )
         embeds, attention_mask, position_ids = self._sequences(model, memory, [p.after for p in prompts], "left")
+        self._check_positions(model, memory, prompts, position_ids)
         return GenerationBatch(
             embeds,
             attention_mask,
@@ -153,6 +155,18 @@ class BoundLayout(Wording):
                 return [[row for row, one in enumerate(lengths) if one == length] for length in sorted(set(lengths))]
         return [[*range(len(lengths))]]
 
+    def _check_positions(self, model: Any, memory: SoftTokens, prompts: Sequence[Prompt], position_ids: Tensor) -> None:
+        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        last, row = position_ids.max(dim=1).values.max(dim=0)
+        needed = int(last) + 1 + self.max_new_tokens
+        if limit is not None and needed > limit:
+            slots, prompt = int(memory.lengths[row]), prompts[int(row)]
+            raise LayoutError(
+                f"row {int(row)}: {slots:,} slots, {len(prompt.before) + len(prompt.after):,} tokens of prompt and an "
+                f"answer of {self.max_new_tokens} take {needed:,} positions and {type(model).__name__} has {limit:,}; "
+                "use fewer slots (a larger ratio), a shorter question, or lower answer_tokens"
+            )
+
     def _ended(self, ids: list[int]) -> list[int]:
         end = next((place for place, index in enumerate(ids) if index in self.stop_ids), len(ids))
         return ids[: end + 1]
@@ -163,7 +177,12 @@ class BoundLayout(Wording):
             questions = [""] * memory.rows
         if len(questions) != memory.rows:
             raise LayoutError(f"{len(questions)} questions for a memory of {memory.rows} rows")
-        prompts = [self.prompt(question) for question in questions]
+        prompts = []
+        for row, question in enumerate(questions):
+            try:
+                prompts.append(self.prompt(question))
+            except LayoutError as error:
+                raise LayoutError(f"row {row}: {error}") from error
         if memory.form == "kv" and self._pieces_before:
             raise LayoutError(
                 f"form kv: the memory's keys stand at positions 0 to M−1, but {self._pieces_before[0].name} comes "

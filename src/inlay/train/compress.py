@@ -31,7 +31,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from inlay.data import DataError, QAData, load_qa
+from inlay.data import DataError, FactsDataset, QAData, load_qa
+from inlay.fastweight import InlayError
 from inlay.softtoken.compressors import Compressor, build_compressor, load_compressor
 from inlay.softtoken.objectives import Objective
 from inlay.softtoken.prompting import BoundLayout
@@ -111,8 +112,9 @@ def train_compressor(
 ) -> dict[str, float]:
     """Train what ``recipe`` says and leave everything in ``directory``.
 
-    A decoder with random weights is trained first, or taken from the cache. What the first question of the data shows
-    to be wrong with layout, compressor or objectives is raised before anything is written.
+    A decoder with random weights is trained first, or taken from the cache. What the first question of the data, and
+    one about its longest context, show to be wrong with layout, compressor or objectives is raised before anything is
+    written.
 
     Args:
         recipe: A checked recipe.
@@ -249,14 +251,31 @@ def load_decoder(
 
 
 def _try_one(task: CompressionTask, data: QAData, objectives: Mapping[str, Objective]) -> None:
-    """Compute every objective of every stage for one question."""
-    batch = ContextCollator(task.layout, task.recipe.context_tokens)([[data.train[0]]])
-    device = task.compressor.lm.device
-    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    """Compute every objective of every stage for one question, and for one about the longest context.
+
+    Raises:
+        InlayError: It cannot be done; names the question.
+    """
+    tried = {data.train[0].id: data.train[0]}
+    if not isinstance(data.train, FactsDataset):  # whose contexts are made when asked for, all of about one length
+        longest = max(data.train, key=lambda example: len(example.context))
+        tried[longest.id] = longest
+    recipe, device = task.recipe, task.compressor.lm.device
+    ratio = min(
+        (ratio for drawn in (recipe.draws, *(one.ratios for one in recipe.curriculum)) for ratio in drawn if ratio),
+        default=None,
+    )
+    collate = ContextCollator(task.layout, recipe.context_tokens)
     task.eval()
-    with torch.no_grad():
-        for stage in stages(task.recipe):
-            task(**inputs, weights=stage.weights, objectives=objectives, ratio=task.recipe.draws[0])
+    for example in tried.values():
+        batch = collate([[example]])
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        try:
+            with torch.no_grad():
+                for stage in stages(recipe):
+                    task(**inputs, weights=stage.weights, objectives=objectives, ratio=ratio)
+        except InlayError as error:
+            raise type(error)(f"question {example.id}: {error}") from error
 
 
 def _train_stage(

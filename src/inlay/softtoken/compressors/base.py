@@ -190,10 +190,11 @@ class Compressor(nn.Module, Generic[C]):
             before += segment.slots
         limit = self.lm.max_positions
         if limit is not None and max(needed, before) > limit:
+            fix = "split or cut it (context_tokens in a recipe), or use "
+            fix += "a larger ratio" if before > limit else "a compressor that reads it in segments (segment_tokens)"
             raise CompressorError(
                 f"a context of {tokens:,} tokens takes {needed:,} positions in one pass and {before:,} slots, and "
-                f"{type(self.lm.model).__name__} has {limit:,} positions; read it in segments (segment_tokens, now "
-                f"{self.config.segment_tokens}) or use a larger ratio"
+                f"{type(self.lm.model).__name__} has {limit:,} positions; {fix}"
             )
 
     def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -411,6 +411,24 @@ def test_a_layout_that_does_not_go_with_the_memory_is_refused_before_anything_is
     assert not (tmp_path / "run").exists()
 
 
+def test_scheduled_sampling_grows_from_zero_and_is_off_in_evaluation(
+    tmp_path: Path, decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, float]] = []
+    forward = CompressionTask.forward
+
+    def noted(task: CompressionTask, *args: Any, **kwargs: Any) -> Any:
+        seen.append((task.training, kwargs.get("sampling", 0.0)))
+        return forward(task, *args, **kwargs)
+
+    monkeypatch.setattr(CompressionTask, "forward", noted)
+    few = {"max_steps": 4, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 4}
+    objectives = {"answer": 1.0, "scheduled_sampling": 0.8}
+    train_compressor(recipe(decoder, few, objectives=objectives), tmp_path / "run")
+    assert [share for training, share in seen if training] == pytest.approx([0.0, 0.2, 0.4, 0.6])
+    assert {share for training, share in seen if not training} == {0.0}
+
+
 def test_a_context_that_is_too_long_is_named_before_anything_is_written(tmp_path: Path, decoder: Path) -> None:
     lines = [
         {"context": "the " * many, "question": "the ?", "answers": "the", "id": f"n{many}"} for many in (9, 300, 12)

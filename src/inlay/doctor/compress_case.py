@@ -22,6 +22,7 @@ from inlay.report.document import Verdict
 from inlay.softtoken.compressors import Compressor
 from inlay.softtoken.prompting import BoundLayout
 from inlay.softtoken.tokens import SoftTokens
+from inlay.train.base_lm import BaseOutcome
 from inlay.train.compress_data import ContextCollator
 from inlay.train.compress_recipe import CompressRecipe
 from inlay.train.compress_trainer import CompressionTask
@@ -43,12 +44,14 @@ class CompressCase:
         eval: Questions to evaluate on.
         decoder_trained: The decoder is the one that will answer; else its weights are random, as those of a decoder
             from scratch are until it is trained.
+        outcome: How a decoder out of the cache was trained; None for any other.
     """
 
     task: CompressionTask
     train: Sequence[QAExample]
     eval: Sequence[QAExample]
     decoder_trained: bool = True
+    outcome: BaseOutcome | None = None
 
     @property
     def recipe(self) -> CompressRecipe:

@@ -51,7 +51,8 @@ def examine_compress_recipe(
     model, tokenizer, trained = _decoder(recipe, cache_dir)
     cuda = torch.cuda.is_available() and not recipe.trainer.get("use_cpu")
     task = build_task(recipe, model.to("cuda" if cuda else "cpu").eval(), tokenizer).eval()
-    return examine_compression(CompressCase(task, data.train, data.eval, trained), progress=progress)
+    outcome = base_outcome(recipe, cache_dir=cache_dir) if recipe.base is not None else None
+    return examine_compression(CompressCase(task, data.train, data.eval, trained, outcome), progress=progress)
 
 
 def _decoder(recipe: CompressRecipe, cache_dir: Path | None) -> tuple[Any, PreTrainedTokenizerFast, bool]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import rich.table
 
-from inlay.evaluate.compress_methods import CUTS, FULL_TEXT, MEAN_POOLED, NO_CONTEXT, SOFT_TOKENS
+from inlay.evaluate.compress_methods import CUTS, FULL_TEXT, MEAN_POOLED, NO_CONTEXT, SOFT_TOKENS, UNTRAINED
 from inlay.evaluate.compress_scores import MethodScores
 from inlay.evaluate.intervals import Interval
 from inlay.evaluate.squad import ScoreIntervals
@@ -190,6 +190,11 @@ class CompressEvaluation:
             "intervals from the spread between contexts; loss in nats and bits per token, of the first reference and "
             "its end."
         )
+        pairs = [[self.find(name, budget) for name in (UNTRAINED, MEAN_POOLED)] for budget in self.budgets]
+        if any(one is not None and other is not None and one.nll == other.nll for one, other in pairs):
+            caption += (
+                " Untrained, this compressor writes mean-pooled embeddings (residual: true): those rows are equal."
+            )
         columns = ["", "exact match", "F1", "first token", "nats", "bits"]
         align: list[Align] = ["left", *("right",) * 5]
         return Table(columns, rows, caption, align, verdicts=[self._verdict(method) for method in self.methods])
@@ -225,10 +230,10 @@ class CompressEvaluation:
             for method in self.methods
         ]
         caption = (
-            "Of a context: slots, bytes of the slots as the decoder reads them (state), and of what they take in its "
-            f"cache. Text can be kept as ids and embedded anew: 4 bytes a token, {4 * self.context_tokens:,.0f} for "
-            f"full text. Times in milliseconds a question, in batches of {self.batch_size}, medians; decode lasts for "
-            "as many steps as the longest answer of a batch."
+            "Of a context: slots, bytes of the slots as the decoder reads them (state: embeddings, or keys and values) "
+            "and of what they take in its cache, where both compare. Text can be kept as ids and embedded anew: 4 "
+            f"bytes a token, {4 * self.context_tokens:,.0f} for full text. Times in milliseconds a question, in batches "
+            f"of {self.batch_size}, medians; decode lasts for as many steps as the longest answer of a batch."
         )
         columns = ["", "slots", "state", "cache", "write", "prefill", "decode", "steps"]
         return Table(columns, rows, caption, ["left", *("right",) * 7])

@@ -181,7 +181,7 @@ def read_file(path: Path) -> StoreFile:
         StoreError: The file is missing, damaged or cut off, of a newer format, or something else.
     """
     if not path.is_file():
-        raise StoreError(f"{path} is no file: there are no soft tokens to load")
+        raise StoreError(f"{path} is no file: there are no soft tokens to load (inlay compress encode writes them)")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -189,7 +189,7 @@ def read_file(path: Path) -> StoreFile:
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise StoreError(
             f"{path} holds no soft tokens: it is no safetensors file, or one that is damaged or cut off ({error}). "
-            "Take another copy, or encode its documents again without it"
+            "Take another copy, or remove the file and encode its documents again (inlay compress encode --resume)"
         ) from error
     content = _parse(path, metadata)
     try:
@@ -277,6 +277,7 @@ def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     odd = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    odd.sort(key=lambda key: isinstance(here.get(key, there.get(key)), dict))  # what is said in a word comes first
     if odd == ["weights"]:
         return ["of the same shape, with other weights"]
     return [f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in odd if key != "weights"]

@@ -251,15 +251,15 @@ def load_decoder(
 
 
 def _try_one(task: CompressionTask, data: QAData, objectives: Mapping[str, Objective]) -> None:
-    """Compute every objective of every stage for one question, and for one about the longest context.
+    """Compute every objective of every stage for one question, and for those about either set's longest context.
 
     Raises:
         InlayError: It cannot be done; names the question.
     """
     tried = {data.train[0].id: data.train[0]}
     if not isinstance(data.train, FactsDataset):  # whose contexts are made when asked for, all of about one length
-        longest = max(data.train, key=lambda example: len(example.context))
-        tried[longest.id] = longest
+        longest = [max(part, key=lambda example: len(example.context)) for part in (data.train, data.eval)]
+        tried |= {example.id: example for example in longest}
     recipe, device = task.recipe, task.compressor.lm.device
     ratio = min(
         (ratio for drawn in (recipe.draws, *(one.ratios for one in recipe.curriculum)) for ratio in drawn if ratio),

@@ -232,7 +232,7 @@ class CompressEvaluation:
         caption = (
             "Of a context: slots, bytes of the slots as the decoder reads them (state: embeddings, or keys and values) "
             "and of what they take in its cache, where both compare. Text can be kept as ids and embedded anew: 4 "
-            f"bytes a token, {4 * self.context_tokens:,.0f} for full text. Times in milliseconds a question, in batches "
+            f"bytes a token, {4 * self.context_tokens:,.0f} for full text. Times in milliseconds a question, batches "
             f"of {self.batch_size}, medians; decode lasts for as many steps as the longest answer of a batch."
         )
         columns = ["", "slots", "state", "cache", "write", "prefill", "decode", "steps"]

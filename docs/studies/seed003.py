@@ -6,9 +6,9 @@
 
 Every arm trains a compressor for the same number of steps, on the same data, before the same frozen decoder, and is
 scored on the same held-out questions at one ratio. The first arms begin with the seed's setup and take one fault out
-after the other, then put in what the recipe does beyond that; the last is the recipe itself, and the objectives are
-added to that one by one. The
-faults that the library does not let one make live in ``seed003_faults.py``, nowhere else.
+after the other, then put in what the recipe does beyond that; the last is the recipe itself. To that the objectives are
+added one by one, and each of the seed's faults by itself. The faults that the library does not let one make live in
+``seed003_faults.py``, nowhere else.
 
 An arm is a run in ``--runs``, with its recipe, metrics and weights. What is finished is not done again, so a study that
 was stopped goes on when the same command is given. Figures land in ``ablation.json`` beside the runs.
@@ -132,7 +132,7 @@ def cumulative(base: CompressRecipe) -> list[Arm]:
 
 
 def objectives(base: CompressRecipe) -> list[Arm]:
-    """The recipe with one objective beside the answer's cross-entropy, and with the worst fault alone."""
+    """The recipe with one objective beside the answer's cross-entropy."""
     recipe = cumulative(base)[-1].name
     weights = {
         "first_token": {"first_token": 0.5},
@@ -146,7 +146,20 @@ def objectives(base: CompressRecipe) -> list[Arm]:
         Arm("answer alone", weights_of=recipe),
         *(Arm(name, objectives=weight) for name, weight in weights.items()),
         Arm("pretraining", pretrained=True),
+    ]
+
+
+def alone(base: CompressRecipe) -> list[Arm]:
+    """The recipe with one of the seed's faults and nothing else wrong."""
+    compressor = _sections(base)["compressor"]
+    return [
         Arm("labels shifted twice", faults=Faults(shifted_twice=True)),
+        Arm("end of answer not supervised", layout={"eos": False}),
+        Arm("BOS in training alone", faults=Faults(answer_bos=True)),
+        Arm("question compressed along", layout={"question": None}, faults=Faults(question_compressed=True)),
+        Arm("no anchor", layout={"anchor": ""}),
+        Arm("padding attended to", faults=Faults(padding_attended=True)),
+        Arm("slots not calibrated", compressor=compressor | {"calibrate": False}),
     ]
 
 
@@ -328,6 +341,7 @@ def study(
     groups = {
         "Faults taken out one after the other": cumulative(base),
         "Objectives beside the answer's": objectives(base),
+        "One fault alone": alone(base),
     }
     arms = [arm for group in groups.values() for arm in group]
     chosen = [arm for arm in arms if not only or arm.name in only]
@@ -374,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()  # of loading and saving; the Trainer's stays
     try:
         base = load_compress_recipe(given.recipe, given.overrides)
-        arms = [arm.name for arm in (*cumulative(base), *objectives(base))]
+        arms = [arm.name for arm in (*cumulative(base), *objectives(base), *alone(base))]
         if given.list:
             print("\n".join(arms))
             return

@@ -75,10 +75,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> CompressRecipe:
 def test_every_arm_runs_and_is_not_run_again(base: CompressRecipe, tmp_path: Path) -> None:
     console = Console(file=StringIO(), width=200)
     content = study.study(base, tmp_path, console, steps=2)
-    arms = [arm.name for arm in (*study.cumulative(base), *study.objectives(base))]
-    assert [one["arm"] for title in list(content)[-2:] for one in content[title]] == arms
+    every = [*study.cumulative(base), *study.objectives(base), *study.alone(base)]
+    arms = [arm.name for arm in every]
+    assert [one["arm"] for title in list(content)[-3:] for one in content[title]] == arms
     assert [one["arm"] for one in content["bounds"]] == ["full text", "no context", "first tokens 4×"]
-    for arm in (*study.cumulative(base), *study.objectives(base)):
+    for arm in every:
         result = json.loads((tmp_path / study.slug(arm.name) / "result.json").read_text())
         assert result["questions"] == 8
         assert len(result["examples"]) == 8

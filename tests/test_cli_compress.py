@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -33,18 +33,22 @@ def inlay(*words: object, app: Typer = app) -> str:
     return result.stdout
 
 
+def save_decoder(folder: Path, tokenizer: PreTrainedTokenizerFast, positions: int) -> None:
+    """A decoder of random weights, as the hub has them."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=positions, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run ``tiny``, trained for two steps on a decoder of random weights."""
     folder = tmp_path_factory.mktemp("runs")
-    tokenizer = facts_tokenizer(FACTS)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=96, initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "decoder")
-    tokenizer.save_pretrained(folder / "decoder")
+    save_decoder(folder / "decoder", facts_tokenizer(FACTS), positions=96)
     recipe = {
         "name": "untitled",
         "decoder": {"name_or_path": str(folder / "decoder")},
@@ -140,14 +144,7 @@ def test_the_one_document_of_a_store_need_not_be_named(runs: Path, documents: Pa
 
 def test_the_recipe_for_a_pretrained_decoder_runs_on_files_of_the_hubs_formats(tmp_path: Path) -> None:
     """recipes/squad.yaml as it is, but for where model and data lie and how long it trains."""
-    torch.manual_seed(0)
-    tokenizer = byte_level()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "decoder")
-    tokenizer.save_pretrained(tmp_path / "decoder")
+    save_decoder(tmp_path / "decoder", byte_level(), positions=256)
     (tmp_path / "squad").mkdir()
     for split, count in (("train", 8), ("validation", 4)):
         rows = [

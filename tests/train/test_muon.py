@@ -71,7 +71,7 @@ def test_the_two_matrices_of_a_memory_are_trained_by_muon() -> None:
     assert others == []
 
 
-def test_each_part_steps_as_torchs_own_optimizer_does() -> None:
+def test_each_part_steps_as_its_optimizer_does_alone() -> None:
     ours, theirs = Tied(), Tied()
     both = optimizer(ours)
     muon = StackedMuon([theirs.inner.weight], lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")

@@ -48,19 +48,20 @@ def examine_compress_recipe(
     data = load_qa(recipe.data)
     tell("decoder")
     set_seed(recipe.seed)
-    model, tokenizer, trained = _decoder(recipe, cache_dir)
+    outcome = base_outcome(recipe, cache_dir=cache_dir) if recipe.base is not None else None
+    trained = recipe.base is None or outcome is not None
+    model, tokenizer = _decoder(recipe, trained, cache_dir)
     cuda = torch.cuda.is_available() and not recipe.trainer.get("use_cpu")
     task = build_task(recipe, model.to("cuda" if cuda else "cpu").eval(), tokenizer).eval()
-    outcome = base_outcome(recipe, cache_dir=cache_dir) if recipe.base is not None else None
     return examine_compression(CompressCase(task, data.train, data.eval, trained, outcome), progress=progress)
 
 
-def _decoder(recipe: CompressRecipe, cache_dir: Path | None) -> tuple[Any, PreTrainedTokenizerFast, bool]:
-    """Decoder, tokenizer, and whether it is the one that will answer."""
+def _decoder(recipe: CompressRecipe, trained: bool, cache_dir: Path | None) -> tuple[Any, PreTrainedTokenizerFast]:
+    """Decoder and tokenizer; where it is yet to be trained, one of random weights stands in."""
     if recipe.decoder.config is None:
-        return *load_decoder(recipe), True
-    if base_outcome(recipe, cache_dir=cache_dir) is not None:
-        return *build_base_lm(recipe, Console(quiet=True), cache_dir=cache_dir), True
+        return load_decoder(recipe)
+    if trained:
+        return build_base_lm(recipe, Console(quiet=True), cache_dir=cache_dir)
     assert isinstance(recipe.data, FactsConfig)  # a recipe with base is refused otherwise
     tokenizer = facts_tokenizer(recipe.data)
-    return untrained_lm(recipe, tokenizer), tokenizer, False
+    return untrained_lm(recipe, tokenizer), tokenizer

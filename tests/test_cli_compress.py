@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from inlay.softtoken.store import SoftTokenStore, StoreError
 from inlay.train.compress import load_compress_run
 from inlay.train.directory import RunError
 from inlay.train.trainer import read_metrics
+from inlay.train.yaml_recipe import RecipeError
 from tests.softtoken.local import byte_level
 
 DATA = {"source": "facts", "facts": 2, "questions": 2, "tails": 10, "nouns": 24, "adjectives": 6, "eval_examples": 8}
@@ -114,32 +116,63 @@ def test_a_run_is_evaluated_beside_its_baselines_and_reported(runs: Path) -> Non
 
 def test_documents_are_encoded_gone_on_with_and_answered_from(runs: Path, documents: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
-    assert inlay("encode", runs / "tiny", documents, out, "--ratio", 4).startswith("3 documents encoded in")
+    assert inlay("encode", documents, out, "--run", runs / "tiny", "--ratio", 4).startswith("3 documents encoded in")
     store = SoftTokenStore.open(out)
     assert sorted(store.documents) == ["a.txt", "deep/b.txt", "line"]
     assert {document.ratio for document in store.documents.values()} == {4}
     with pytest.raises(StoreError, match="Go on with --resume"):
-        inlay("encode", runs / "tiny", documents, out, "--ratio", 4)
-    assert "0 documents encoded" in inlay("encode", runs / "tiny", documents, out, "--ratio", 4, "--resume")
-    assert "3 of them replaced" in inlay("encode", runs / "tiny", documents, out, "--slots", 3, "--replace")
+        inlay("encode", documents, out, "--run", runs / "tiny", "--ratio", 4)
+    assert "0 documents encoded" in inlay("encode", documents, out, "--run", runs / "tiny", "--ratio", 4, "--resume")
+    assert "3 of them replaced" in inlay("encode", documents, out, "--run", runs / "tiny", "--slots", 3, "--replace")
 
     run, store = load_compress_run(runs / "tiny"), SoftTokenStore.open(out)
     asked = [example.question for example in load_qa(FACTS).eval[:3]]
     options = [word for question in asked for word in ("--question", question)]
-    said = inlay("answer", runs / "tiny", out, "--doc", "deep/b.txt", *options)
+    said = inlay("answer", out, "--doc", "deep/b.txt", *options)
     expected = run.layout.answer(run.model, store.load(["deep/b.txt"] * 3), asked)
     assert said == "".join(f"{text}\n" for text in expected)
     with pytest.raises(StoreError, match=r"no document 'b.txt'; did you mean 'a.txt' or 'deep/b.txt'\?"):
-        inlay("answer", runs / "tiny", out, "--doc", "b.txt", *options)
+        inlay("answer", out, "--doc", "b.txt", *options)
     with pytest.raises(StoreError, match="holds 3 documents; say which"):
-        inlay("answer", runs / "tiny", out, *options)
+        inlay("answer", out, *options)
 
 
 def test_the_one_document_of_a_store_need_not_be_named(runs: Path, documents: Path, tmp_path: Path) -> None:
-    inlay("encode", runs / "tiny", documents / "a.txt", tmp_path / "one")
+    inlay("encode", documents / "a.txt", tmp_path / "one", "--run", runs / "tiny")
     example = load_qa(FACTS).eval[0]
-    named = inlay("answer", runs / "tiny", tmp_path / "one", "--doc", "a.txt", "--question", example.question)
-    assert inlay("answer", runs / "tiny", tmp_path / "one", "--question", example.question) == named
+    named = inlay("answer", tmp_path / "one", "--doc", "a.txt", "--question", example.question)
+    assert inlay("answer", tmp_path / "one", "--question", example.question) == named
+
+
+def test_a_store_knows_its_run_until_that_moves(runs: Path, documents: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "tiny", tmp_path / "here")
+    inlay("encode", documents / "a.txt", tmp_path / "one", "--run", tmp_path / "here")
+    asked = ("answer", tmp_path / "one", "--question", load_qa(FACTS).eval[0].question)
+    before = inlay(*asked)
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(StoreError, match=r"lay in .*here and is not there; say with --run where it is"):
+        inlay(*asked)
+    assert inlay(*asked, "--run", tmp_path / "there") == before
+    with pytest.raises(RunError, match=r"is no run"):
+        inlay(*asked, "--run", tmp_path)
+
+    inlay("encode", documents / "deep", tmp_path / "one", "--run", tmp_path / "there", "--resume")
+    assert SoftTokenStore.open(tmp_path / "one").run() == tmp_path / "there"
+    assert inlay(*asked, "--doc", "a.txt") == before
+
+
+def test_words_of_a_question_that_the_tokenizer_does_not_know_are_told(
+    runs: Path, documents: Path, tmp_path: Path
+) -> None:
+    inlay("encode", documents / "a.txt", tmp_path / "one", "--run", runs / "tiny")
+    result = CliRunner().invoke(app, ["answer", str(tmp_path / "one"), "--question", "xyzzy [quux]"])
+    assert result.exit_code == 0
+    assert "of the tokens of 'xyzzy [quux]' are unknown to the decoder's tokenizer" in result.stderr
+
+
+def test_a_recipe_of_another_kind_is_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"recall.yaml is a recipe of fast weights, not of soft tokens"):
+        inlay("train", recipe_path("recall"), "--runs", tmp_path)
 
 
 def test_the_recipe_for_a_pretrained_decoder_runs_on_files_of_the_hubs_formats(tmp_path: Path) -> None:

@@ -61,12 +61,14 @@ def demo(runs: Runs = Path("runs")) -> None:
 
 @app.command()
 def encode(
-    directory: RunPath,
     documents: Annotated[
         str,
         typer.Argument(metavar="DOCS", help="Text files or JSON lines: a file, folder or glob.", show_default=False),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The store's own folder.", show_default=False)],
+    directory: Annotated[
+        Path, typer.Option("--run", help="The finished run whose compressor writes.", show_default=False)
+    ],
     ratio: Annotated[
         int | None, typer.Option(help="Tokens per soft token; the run's when not given.", min=1, show_default=False)
     ] = None,
@@ -112,7 +114,6 @@ def encode(
 
 @app.command()
 def answer(
-    directory: RunPath,
     path: Annotated[
         Path, typer.Argument(metavar="STORE", help="What inlay compress encode wrote.", show_default=False)
     ],
@@ -121,6 +122,9 @@ def answer(
     ],
     document: Annotated[
         str | None, typer.Option("--doc", help="Its id; not needed where there is one.", show_default=False)
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--run", help="The run that wrote it, if it has moved.", show_default=False)
     ] = None,
     batch_size: BatchSize = 8,
 ) -> None:
@@ -132,6 +136,10 @@ def answer(
 
     store = SoftTokenStore.open(path)
     name = store.only_document() if document is None else store.find(document).id
-    run = load_compress_run(directory)
+    run = load_compress_run(directory or store.run())
+    for question in questions:
+        if unknown := run.layout.unknown(run.layout.context_ids(question)):
+            words = f"{unknown} of the tokens of {question!r} are unknown to the decoder's tokenizer"
+            errors.print(f"warning: {printable(words)}", markup=False, highlight=False, soft_wrap=True)
     for text in answer(run, store, [(name, question) for question in questions], batch_size=batch_size):
         console.print(printable(text), markup=False, highlight=False, soft_wrap=True)

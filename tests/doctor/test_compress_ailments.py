@@ -110,7 +110,7 @@ def test_recipes_of_every_kind_are_told_apart() -> None:
     assert kinds == {"facts": "compress", "terse": "compress", "recall": "text", "stdlib": "text", "moshi": "moshi"}
     assert {recipe_kind(path) for path in (RECIPES / "ailments").glob("soft_*.yaml")} == {"compress"}
     assert recipe_kind(RECIPES / "ailments" / "clipped.yaml") == "text"
-    assert recipe_kind(RECIPES / "missing.yaml") == "text"
+    assert recipe_kind(RECIPES / "missing.yaml") is None
 
 
 def test_the_command_takes_a_recipe_of_soft_tokens_and_terminal_html_and_json_tell_the_same(tmp_path: Path) -> None:

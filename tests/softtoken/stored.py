@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Run:
     compressor: Compressor[Any]
     layout: BoundLayout
     context_tokens: int | None = None
+    directory: Path = Path("run")
 
 
 def a_run(*, seed: int = 0, learned: bool = False, **changes: Any) -> Run:

@@ -59,8 +59,8 @@ def test_an_unknown_key_in_a_list_is_named_with_its_neighbour() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base": None}, "go together"),
-        ({"decoder": {"name_or_path": "x"}}, "go together"),
+        ({"base": None}, "add base, how it is trained first"),
+        ({"decoder": {"name_or_path": "x"}}, "give decoder.config, or take base out"),
         ({"data": {"source": "squad", "path": "x.json"}}, "base trains on generated facts; data.source is 'squad'"),
         ({"data": {"source": "facts", "facts": 6}}, "base.stages end at 8 facts and data.facts is 6"),
         ({"objectives": {"answer": 0.0}}, "every objective has weight 0"),

@@ -37,6 +37,10 @@ class Reader(Protocol):
     """A decoder with its compressor and layout, as a finished compression run has them."""
 
     @property
+    def directory(self) -> Path:
+        """Where it lies."""
+
+    @property
     def model(self) -> Any:
         """The decoder, a Hugging Face causal LM."""
 
@@ -130,7 +134,7 @@ def encode_documents(
         ratio, slots = (None, config.slots) if config.slots is not None else (config.ratios[0], None)
     planner = _Planner(run, ratio, slots)
     texts = _by_id(documents)
-    header = StoreHeader.of(run.model, run.compressor, run.layout)
+    header = StoreHeader.of(run.model, run.compressor, run.layout, run.directory)
     with StoreWriter(out, header, shard_seconds=shard_seconds) as writer:
         if writer.stored and not (resume or replace):
             raise StoreError(
@@ -250,7 +254,7 @@ class _Planner:
             StoredDocument(name, hash_text(text), len(ids), count, self.ratio),
             torch.tensor(ids, dtype=torch.int32),
             cut=len(ids) < len(whole),
-            unknown=ids.count(self.run.layout.tokenizer.unk_token_id),
+            unknown=self.run.layout.unknown(ids),
         )
 
     def compare(self, texts: dict[str, str], stored: Iterable[StoredDocument]) -> tuple[set[str], list[str]]:

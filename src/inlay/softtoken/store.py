@@ -64,10 +64,10 @@ class SoftTokenStore:
 
     def __init__(self, path: Path, files: Sequence[StoreFile]) -> None:
         self.path = path
-        self.header = files[0].header
+        self.header = files[-1].header  # the newest knows where its run lies now
         self.files = tuple(files)
         for file in files:
-            if odd := file.header.difference(self.header):
+            if odd := file.header.difference(files[0].header):
                 raise StoreError(f"{file.path} does not belong with {files[0].path}: it is of {odd}")
             if file.tensors != files[0].tensors:
                 raise StoreError(f"{file.path} does not belong with {files[0].path}: its slots have another form")
@@ -151,6 +151,21 @@ class SoftTokenStore:
         """The same with a header that was made before."""
         if odd := self.header.difference(here):
             raise StoreError(f"the soft tokens in {self.path} are of {odd}. Encode the documents again")
+
+    def run(self) -> Path:
+        """The folder of the run that wrote the store.
+
+        Raises:
+            StoreError: No run wrote it, or the folder is not there any more.
+        """
+        if self.header.run is None:
+            raise StoreError(f"{self.path} does not say which run wrote it; name it with --run")
+        run = Path(self.header.run)
+        if not run.is_dir():
+            raise StoreError(
+                f"the run that wrote {self.path} lay in {run} and is not there; say with --run where it is"
+            )
+        return run
 
     def only_document(self) -> str:
         """The id of the one document there is.

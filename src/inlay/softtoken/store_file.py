@@ -77,20 +77,25 @@ class StoreHeader:
         model: The decoder as :func:`~inlay.softtoken.compressors.describe_model` tells it from others.
         compressor: Its ``fingerprint`` (a hash of all it learned) and its ``config``.
         layout: The prompt layout.
+        run: The folder of the run that wrote them, where one did. It may move: no difference to anything.
     """
 
     model: dict[str, Any]
     compressor: dict[str, Any]
     layout: dict[str, Any]
+    run: str | None = None
 
     @staticmethod
-    def of(model: Any, compressor: Compressor[Any], layout: PromptLayout | BoundLayout) -> StoreHeader:
+    def of(
+        model: Any, compressor: Compressor[Any], layout: PromptLayout | BoundLayout, run: Path | None = None
+    ) -> StoreHeader:
         """The header of what ``compressor`` writes for ``model`` to read in ``layout``."""
         layout = layout.layout if isinstance(layout, BoundLayout) else layout
         return StoreHeader(
             describe_model(model),
             {"fingerprint": compressor.fingerprint(), "config": compressor.config.model_dump(mode="json")},
             layout.model_dump(mode="json"),
+            None if run is None else str(run.resolve()),
         )
 
     def difference(self, here: StoreHeader) -> str | None:

@@ -82,7 +82,9 @@ class Wording:
         parts = [("template" if layout.chat else "question", texts.tail, False), ("anchor", layout.anchor, False)]
         if layout.question is not None:
             if question is None or not question.strip():
-                raise LayoutError("the question is missing or blank; set question: null for a layout without questions")
+                raise LayoutError(
+                    "the question is missing or blank, and the layout asks for one (question: null does not)"
+                )
             parts = [("question", texts.lead, False), ("question", question.strip(), True), *parts]
         pieces, after, spaces = [], "", ""
         for name, part, plain in parts:
@@ -100,6 +102,10 @@ class Wording:
             limit: Tokens behind which it is cut, a recipe's ``context_tokens``; None for none.
         """
         return tokenise(self.tokenizer, context, plain=True)[:limit]
+
+    def unknown(self, ids: Sequence[int]) -> int:
+        """How many of these ids stand for text that the tokenizer does not know."""
+        return ids.count(self.tokenizer.unk_token_id)
 
     def answer_ids(self, references: str | Sequence[str]) -> list[int]:
         """The supervised ids of one example: its answer and the end token.

@@ -25,8 +25,9 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 from inlay.data import FactsConfig, QAConfig
 from inlay.softtoken.compressors import CompressorConfig, EncoderPoolConfig, PoolConfig
 from inlay.softtoken.layout import PromptLayout
+from inlay.train.kinds import recipe_kind
 from inlay.train.recipe import LoraSection, ModelSection
-from inlay.train.yaml_recipe import Section, check_recipe, check_trainer, read_recipe
+from inlay.train.yaml_recipe import RecipeError, Section, check_recipe, check_trainer, read_recipe
 
 
 class BaseStage(Section):
@@ -245,6 +246,11 @@ class CompressRecipe(Section):
         # A kind is its own class's default, so it would be left out of a dump without defaults.
         return {"kind": value.kind} | value.model_dump(mode="json", exclude_defaults=True)
 
+    @field_validator("curriculum", mode="before")
+    @classmethod
+    def _null_is_no_curriculum(cls, value: Any) -> Any:
+        return () if value is None else value
+
     @field_validator("trainer")
     @classmethod
     def _trainer_takes_these(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -252,8 +258,13 @@ class CompressRecipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> CompressRecipe:
-        if (self.decoder.config is None) != (self.base is None):
-            raise ValueError("decoder.config (random weights) and base (how it is trained first) go together")
+        if self.decoder.config is not None and self.base is None:
+            raise ValueError(
+                "decoder.config gives random weights, and a frozen decoder has to answer: add base, how it is trained "
+                "first, or take decoder.name_or_path"
+            )
+        if self.decoder.config is None and self.base is not None:
+            raise ValueError("base trains a decoder of random weights; give decoder.config, or take base out")
         if self.base is not None:
             if not isinstance(self.data, FactsConfig):
                 raise ValueError(f"base trains on generated facts; data.source is {self.data.source!r}")
@@ -314,8 +325,10 @@ def load_compress_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Com
 
     Raises:
         RecipeError: The file is missing or no YAML mapping, or a key or value is wrong; names the key and, for an
-            unknown one, its nearest neighbour.
+            unknown one, its nearest neighbour. Or it is a recipe of another kind.
     """
+    if recipe_kind(Path(path)) not in ("compress", None):
+        raise RecipeError(f"{path} is a recipe of fast weights, not of soft tokens: use inlay train and inlay evaluate")
     return read_recipe(CompressRecipe, path, overrides)
 
 

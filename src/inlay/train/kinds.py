@@ -9,17 +9,19 @@ import yaml
 
 RecipeKind = Literal["text", "compress", "moshi"]
 
-_COMPRESS = {"decoder", "compressor", "layout", "objectives", "pretraining"}
-"""Sections that recipes of soft tokens have and the others have not."""
+_OWN: dict[RecipeKind, set[str]] = {
+    "moshi": {"moshi_paths"},
+    "compress": {"decoder", "compressor", "layout", "objectives", "pretraining"},
+    "text": {"model"},
+}
+"""Sections that recipes of one kind have and the others have not."""
 
 
-def recipe_kind(path: Path) -> RecipeKind:
-    """By the sections of the recipe; ``text`` also for what cannot be read as one: whoever reads it then says what is
-    wrong.
-    """
+def recipe_kind(path: Path) -> RecipeKind | None:
+    """By the sections of the recipe; None for what cannot be read as one: whoever reads it then says what is wrong."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return "text"
+        return None
     sections = raw.keys() if isinstance(raw, dict) else set()
-    return "moshi" if "moshi_paths" in sections else "compress" if sections & _COMPRESS else "text"
+    return next((kind for kind, own in _OWN.items() if sections & own), None)

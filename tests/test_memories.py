@@ -129,7 +129,7 @@ def test_keys_and_values_are_counted_by_what_the_cache_holds(decoder: Path, tmp_
         ({"tasks": {}}, "tasks: "),
         ({"fast_weights": {"memory": {"chunk": 4}}}, "fast_weights.memory.chunk: unknown key"),
         ({"trainer": {"max_step": 4}}, "did you mean 'max_steps'"),
-        ({"lm": {"config": {"model_type": "llama"}}}, "decoder.config (random weights) and base"),
+        ({"lm": {"config": {"model_type": "llama"}}}, "add base, how it is trained first"),
     ],
 )
 def test_a_comparison_that_cannot_be_is_refused_when_it_is_read(change: dict[str, Any], message: str) -> None:

@@ -1,7 +1,8 @@
 """Kyutai's ``LMModel`` with its training loss, for long sequences of codes.
 
-What ``LMModel.forward`` does in one piece is done here so that it fits: attention in blocks, logits in slices, each
-document of a sequence begun as a stream begins. For one short document per row it gives the same loss, to rounding.
+What ``LMModel.forward`` does in one piece is done here so that it fits: attention in blocks, norms and logits in
+slices, each document of a sequence begun as a stream begins. For one short document per row it gives the same loss, to
+rounding.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from inlay.fastweight.errors import InlayError
 from inlay.moshi.attention import QUERIES, attention_within, use_windowed_attention
 from inlay.moshi.inputs import embed, training_steps
 from inlay.moshi.loss import SLICE, LossConfig, MoshiLoss, SliceNats, moshi_loss, uncompiled
+from inlay.moshi.norm import use_sliced_norms
 
 
 class MoshiForTraining(nn.Module):
     """A Moshi whose forward is a loss.
 
     The language model stays the caller's own. While this module is in use, the attention of its main transformer runs
-    in blocks and its depformer leaves checkpointing to the loss; :meth:`restore` gives both back.
+    in blocks, its norms in slices, and its depformer leaves checkpointing to the loss; :meth:`restore` gives all back.
 
     Attributes:
         lm: The language model; with its memory, if it has one.
@@ -68,7 +70,8 @@ class MoshiForTraining(nn.Module):
         before = lm.depformer.checkpointing if lm.depformer is not None else False
         if lm.depformer is not None:
             lm.depformer.checkpointing = False
-        self._undo: list[Callable[[], None]] = [undo_attention]
+        norms = [*lm.transformer.modules()] + [lm.out_norm] * (lm.out_norm is not None)
+        self._undo: list[Callable[[], None]] = [undo_attention, use_sliced_norms(norms)]
         if before:
             self._undo.append(lambda: setattr(lm.depformer, "checkpointing", True))
 

@@ -376,6 +376,7 @@ def test_chat_is_a_command(runs: Path, tmp_path: Path) -> None:
         (["recall", "--prompt", "x"], "of task recall"),
         (["plain", "--prompt", "x", "--session", "s"], "has no memory"),
         (["memory"], "there is nothing to read: give --prompt-file FILE, --prompt TEXT, or both"),
+        (["memory", "--prompt", " \n"], "there is nothing to read"),
         (["memory", "--prompt", "x", "--top-p", "2"], "top_p must be above 0 and at most 1; got 2.0"),
         (["nowhere", "--prompt", "x"], "is no run"),
     ],

@@ -171,8 +171,37 @@ def test_words_of_a_question_that_the_tokenizer_does_not_know_are_told(
 
 
 def test_a_recipe_of_another_kind_is_named_as_such(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"recall.yaml is a recipe of fast weights, not of soft tokens"):
+    with pytest.raises(
+        RecipeError, match=r"recall.yaml is a recipe of fast weights in a text model, for .*; here one of soft"
+    ):
         inlay("train", recipe_path("recall"), "--runs", tmp_path)
+
+
+def test_a_run_of_another_kind_is_named_as_such(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"recipe of soft tokens, for .*; here one of fast weights in a text model"):
+        inlay("generate", runs / "tiny", "--prompt", "Who?", app=cli.app)
+    with pytest.raises(RecipeError, match=r"is a folder, a run's recipe is .*tiny/recipe.yaml"):
+        inlay("train", runs / "tiny", app=cli.app)
+    with pytest.raises(RecipeError, match=r"recipe of fast weights in a text model, .*; here one of the comparison"):
+        inlay("evaluate", "--memories", recipe_path("recall"), app=cli.app)
+    with pytest.raises(RunError, match=r"is no run: it has no recipe.yaml; it is a recipe: train it first"):
+        load_compress_run(recipe_path("terse"))
+
+
+def test_what_cannot_run_here_is_told_before_there_is_a_run(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"(?i)fp16"):
+        inlay("train", runs / "recipe.yaml", "name=half", "trainer.fp16=true", "trainer.bf16=true", "--runs", tmp_path)
+    assert not (tmp_path / "half").exists()
+
+
+def test_a_run_that_was_moved_is_gone_on_with_where_it_lies(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "tiny", tmp_path / "moved")
+    (tmp_path / "moved" / "finished").unlink()
+    with pytest.raises(RunError) as told:
+        load_compress_run(tmp_path / "moved")
+    words = str(told.value).split("inlay train ")[1].split()
+    inlay("train", *words, app=cli.app)
+    assert load_compress_run(tmp_path / "moved").recipe.name == "moved"
 
 
 def test_the_recipe_for_a_pretrained_decoder_runs_on_files_of_the_hubs_formats(tmp_path: Path) -> None:

@@ -91,6 +91,10 @@ def hear(
     for what, path in (("answer", target), ("session", session), ("report", report)):
         if path is not None:
             require_place(path, what, source)
+    if target.suffix.lower() != ".wav":
+        raise RunError(f"the answer is written as WAV; call it {target.with_suffix('.wav')}")
+    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+        raise RunError(f"--device {device}: no CUDA is available here; leave it out, or give cpu")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with errors.status("loading Moshi"):
         if run is not None:

@@ -37,13 +37,13 @@ def read_prompt(file: Path | None, text: str) -> str:
     """The text of ``file``, if there is one, and then ``text``.
 
     Raises:
-        ChatError: Both are empty, or the file is not UTF-8.
+        ChatError: Both are blank, or the file is not UTF-8.
     """
     try:
         prompt = ("" if file is None else file.read_text(encoding="utf-8")) + text
     except UnicodeDecodeError as error:
         raise ChatError(f"{file} is not UTF-8 text: {error}") from error
-    if not prompt:
+    if not prompt.strip():
         raise ChatError("there is nothing to read: give --prompt-file FILE, --prompt TEXT, or both")
     return prompt
 

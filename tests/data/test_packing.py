@@ -145,15 +145,18 @@ def test_statistics_count_what_is_in_the_rows(lengths: list[int], sequence_lengt
 
 
 @settings(max_examples=50)
-@given(lengths=LENGTHS, chunk_size=st.integers(1, 9))
-def test_the_reading_share_is_that_of_a_memory_walked_token_by_token(lengths: list[int], chunk_size: int) -> None:
+@given(lengths=LENGTHS, chunk_size=st.integers(1, 9), boundary=st.sampled_from(["reset", "carry"]))
+def test_the_reading_share_is_that_of_a_memory_walked_token_by_token(
+    lengths: list[int], chunk_size: int, boundary: str
+) -> None:
     rows = pack(lengths, 17, "concatenate")
-    memory = packing_statistics(lengths, rows, sequence_length=17).memory(chunk_size)
+    memory = packing_statistics(lengths, rows, sequence_length=17).memory(chunk_size, boundary)
     reading = chunks = never = real = 0
     for row in fill(rows, 17):
-        for document in range(len(set(row["document_ids"]) - {-1})):
+        documents = row["document_ids"] if boundary == "reset" else np.minimum(row["document_ids"], 0)
+        for document in range(len(set(documents) - {-1})):
             written = 0
-            for place in range(int((row["document_ids"] == document).sum())):
+            for place in range(int((documents == document).sum())):
                 if place % chunk_size == 0:
                     written = place // chunk_size
                     chunks += 1
@@ -171,5 +174,6 @@ def test_statistics_of_a_known_corpus() -> None:
     assert counted.memory(4).reading_share == (4 + 2) / 18
     assert counted.memory(4).single_chunk_pieces == 2
     assert whole_row_statistics(3, 8).memory(4).reading_share == 0.5
+    assert whole_row_statistics(3, 8).memory(4, "carry") == whole_row_statistics(3, 8).memory(4)
     with pytest.raises(ValueError, match="at least 1"):
         counted.memory(0)

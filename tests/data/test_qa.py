@@ -186,6 +186,12 @@ def test_a_line_that_cannot_be_used_is_named_by_its_number_and_field(tmp_path: P
     assert ids == [f"{tmp_path}/id.jsonl:1: field 'name' should be a string or a number; got True"]
 
 
+def test_a_file_of_blank_lines_holds_no_questions(tmp_path: Path) -> None:
+    write_lines(tmp_path / "good.jsonl", {"context": "c", "question": "q", "answers": "a"})
+    (tmp_path / "blank.jsonl").write_text(" \n\n")
+    assert problems_of(source="jsonl", path=str(tmp_path)) == [f"{tmp_path}/blank.jsonl: holds no text"]
+
+
 def test_twenty_problems_are_enough_and_skip_counts_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = [{"context": f"c{index}", "question": "q", "answers": "a"} for index in range(50)]
     path = write_lines(tmp_path / "rows.jsonl", *[1] * 30, *good)

@@ -144,6 +144,41 @@ def test_unreadable_text_files_are_reported_with_line_and_offset(tmp_path: Path)
     ]
 
 
+NUL = "likely UTF-16 without a byte order mark, or no text; save it as UTF-8"
+
+
+def test_text_with_nul_characters_is_in_a_wrong_encoding(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("text")
+    (tmp_path / "little.txt").write_bytes("ab\n".encode("utf-16-le"))
+    (tmp_path / "one.txt").write_bytes(b"first\nsec\0ond\n")
+    read, problems = skipped(lambda problems: read_files(str(tmp_path), problems))
+    assert read == [Document("good.txt", "text")]
+    assert problems == [
+        f"{tmp_path}/little.txt:1: holds a NUL character (offset 1): {NUL}",
+        f"{tmp_path}/one.txt:2: holds a NUL character (offset 9): {NUL}",
+    ]
+
+
+def test_lines_with_nul_characters_are_in_a_wrong_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "a\\u0000b"}\n{"text": "good"}\n' + '{"text": "a"}'.encode("utf-16-le"))
+    read, problems = skipped(lambda problems: read_jsonl(str(path), "text", problems))
+    assert read == [Document("rows.jsonl:2", "good")]
+    assert problems == [
+        f"{path}:1: field 'text' holds a NUL character (character 1): {NUL}",
+        f"{path}:3: holds a NUL character (offset 1 of the line): {NUL}",
+    ]
+
+
+def test_a_file_without_a_line_of_text_is_reported_as_one_without_text(tmp_path: Path) -> None:
+    write_lines(tmp_path / "good.jsonl", b'{"text": "good"}', b"")
+    write_lines(tmp_path / "blank.jsonl", b" ", b"", b"")
+    (tmp_path / "empty.jsonl").touch()
+    read, problems = skipped(lambda problems: read_jsonl(str(tmp_path), "text", problems))
+    assert read == [Document("good.jsonl:1", "good")]
+    assert problems == [f"{tmp_path}/blank.jsonl: holds no text", f"{tmp_path}/empty.jsonl: is empty"]
+
+
 def test_each_bad_line_is_reported_with_its_number_and_reason(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "rows.jsonl",

@@ -69,6 +69,7 @@ def test_terminal_and_report_show_every_variant_and_the_gain(evaluation: Evaluat
         assert "gain of memory" in text
         assert f"{evaluation.contexts['eta = 0'].perplexity[0]:,.1f}" in text
         assert "100.0 %" in text
+        assert "4 tokens of 3 pieces from 3 documents (0 more too short)" in " ".join(text.split())
     assert page.count("<svg") >= 3
     assert [section.title for section in evaluation.sections()] == [
         "Loss by position",

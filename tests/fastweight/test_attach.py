@@ -110,6 +110,14 @@ def test_attaching_twice_is_refused_and_the_first_memory_goes_on(part: str) -> N
     inlay.attach(model, LLAMA.config(layers=[1]))
 
 
+def test_a_projection_that_leads_up_is_refused() -> None:
+    model = LLAMA.build()
+    with pytest.raises(AttachError, match=r"'up_proj' of block 1 gives 32 features and the model is 16 wide: it is"):
+        inlay.attach(model, FastWeightConfig(layers=[1], projection="model.layers.{layer}.mlp.up_proj"))
+    with pytest.raises(AttachError, match="attach takes a FastWeightConfig; got dict"):
+        inlay.attach(model, {"layers": [1]})  # type: ignore[arg-type]
+
+
 def test_a_model_without_blocks_is_refused_with_the_way_out() -> None:
     with pytest.raises(AttachError, match=r"no decoder blocks found in Sequential.*projection='path.to.blocks"):
         inlay.attach(nn.Sequential(nn.Linear(4, 4)), FastWeightConfig())

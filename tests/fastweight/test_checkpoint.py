@@ -208,6 +208,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: edit_header(d, model={"type": "llama", "blocks": 3, "projection": "fc2"}),
         "projection is 'fc2' there and 'mlp.down_proj' here",
     ),
+    "intermediate size": (
+        lambda d: edit_header(d, model={"intermediate_size": 31}),
+        r"intermediate_size is 31 there and 32 here\. Load it into the model that it was trained with",
+    ),
 }
 
 

@@ -328,6 +328,8 @@ def test_command(checkpoint: Path, moshi: Moshi, tmp_path: Path) -> None:
         "--report",
         str(tmp_path / "r"),
     ]
+    with pytest.raises(RunError, match=r"the answer is written as WAV; call it .*out\.wav"):
+        CliRunner().invoke(cli.app, [*arguments[:3], str(tmp_path / "out.mp3"), *arguments[4:]], catch_exceptions=False)
     result = CliRunner().invoke(cli.app, [*arguments, *options, "--seed", "0"])
     assert result.exit_code == 0, result.output
     assert "heard 0.5 s at" in result.output

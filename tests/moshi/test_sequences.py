@@ -223,9 +223,9 @@ def test_items_are_the_same_in_worker_processes(tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_told_with_the_fix(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "s", {"a": 20})
-    with pytest.raises(DataError, match=r"no training sequence in .*: none of 1 files is as long as min_sec 4"):
+    with pytest.raises(DataError, match=r"no training sequence in .*: none of 1 files is as long as data.min_sec 4"):
         load_sequences(config(folder, min_sec=4))
-    with pytest.raises(DataError, match=r"no evaluation sequence in the held-out share .* or give eval_data"):
+    with pytest.raises(DataError, match=r"no evaluation sequence in the held-out share .* or give data.eval_data"):
         load_sequences(config(folder, eval_data="", eval_fraction=0))
     other = CodesIdentity(**{**vars(IDENTITY), "mimi": "another"})
     strange = write_store(tmp_path / "o", {"a": 20}, identity=other)

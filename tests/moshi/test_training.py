@@ -119,6 +119,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
     )
     assert [line["loss"] for line in one] == [line["loss"] for line in other]
 
+    (tmp_path / "stopped" / "finished").unlink()  # behind the last checkpoint
+    train_moshi(recipe, tmp_path / "stopped", resume=True)
+    assert not (tmp_path / "stopped" / "checkpoint-5").exists()
+    again = dict(load_moshi_run(tmp_path / "stopped").lm.named_parameters())
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
 
 def test_microbatches_average_their_gradients(toy: MoshiCheckpoint, store: Path, tmp_path: Path) -> None:
     weights = []

@@ -251,6 +251,8 @@ def test_what_does_not_go_together_is_refused_with_the_fix() -> None:
         layout.generation(MODEL, rows.memory, questions[:3])
     with pytest.raises(LayoutError, match="5 answers for a memory of 4 rows"):
         layout.training(MODEL, rows.memory, questions, [*answers, "7"])
+    with pytest.raises(LayoutError, match=r"questions are a list, one a row; got the text 'Who\?': give \['Who\?'\]"):
+        layout.generation(MODEL, rows.memory, "Who?")
     with pytest.raises(LayoutError, match="row 0: the question is missing or blank"):
         layout.generation(MODEL, rows.memory, None)
     with pytest.raises(LayoutError, match="row 2: the question is missing or blank"):

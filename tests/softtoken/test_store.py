@@ -168,6 +168,9 @@ def test_newer_formats_and_other_files_are_refused(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(store_file_module, "FORMAT", 2)
         save_store(tmp_path / "new.safetensors", HEADER, notes([2]), memory)
+    save_store(tmp_path / "one.safetensors", HEADER, notes([2]), memory)
+    with pytest.raises(StoreError, match=r"ids are a list; got the text 'a': give \['a'\]"):
+        SoftTokenStore.open(tmp_path / "one.safetensors").load("a")
     with pytest.raises(StoreError, match=r"is of format 2 .* reads 1; it was written by inlay"):
         SoftTokenStore.open(tmp_path / "new.safetensors")
 

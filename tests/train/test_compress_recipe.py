@@ -34,7 +34,7 @@ PRETRAINED = {"decoder": {"name_or_path": "some/model"}, "base": None}
         ("", "objectve", "objectve: unknown key; did you mean 'objectives'?"),
         ("decoder", "confg", "decoder.confg: unknown key; did you mean 'config'?"),
         ("base", "exact_mach", "base.exact_mach: unknown key; did you mean 'exact_match'?"),
-        ("compressor", "ratio", "compressor.encoder-pool.ratio: unknown key; did you mean 'ratios'?"),
+        ("compressor", "ratio", "compressor.ratio: unknown key; did you mean 'ratios'?"),
         ("data", "fact", "data.facts.fact: unknown key; did you mean 'facts'?"),
         ("layout", "ancor", "layout.ancor: unknown key; did you mean 'anchor'?"),
         ("objectives", "anser", "objectives.anser: unknown key; did you mean 'answer'?"),

@@ -26,7 +26,7 @@ VALID = {
     [
         ("", "modle", "modle: unknown key; did you mean 'mode'?"),
         ("memory", "chunksize", "memory.chunksize: unknown key; did you mean 'chunk_size'?"),
-        ("data", "sequence_lenght", "data.text.sequence_lenght: unknown key; did you mean 'sequence_length'?"),
+        ("data", "sequence_lenght", "data.sequence_lenght: unknown key; did you mean 'sequence_length'?"),
         ("model", "name_or_pth", "model.name_or_pth: unknown key; did you mean 'name_or_path'?"),
         ("trainer", "max_step", "trainer: unknown key 'max_step'; did you mean 'max_steps'?"),
         ("trainer", "output_dir", "'output_dir' is set by the run"),
@@ -53,12 +53,24 @@ def test_an_unknown_key_names_its_nearest_neighbour(section: str, key: str, mess
         ({"memory": {"conv_kernel": 4}}, "conv_kernel must be odd"),
         ({"memory": {"eta": "small"}}, "memory.eta"),
         ({"data": None}, "data"),
+        ({"model": {"config": VALID["model"]["config"] | {"intermediat_size": 8}}}, "did you mean 'intermediate_size'"),
+        ({"model": {"config": {"model_type": "lama"}}}, "transformers knows no 'lama'; did you mean 'llama'?"),
+        ({"trainer": {"max_steps": "abc"}}, "trainer: max_steps takes a number; got 'abc'"),
+        ({"trainer": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size is at least 1; got 0"),
+        ({"memory": None, "memory_learning_rate": 0.1}, "memory_learning_rate is set but there is no memory"),
+        ({"name": ".."}, "name: "),
     ],
 )
 def test_a_wrong_value_is_named(change: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=r"no valid recipe") as error:
         parse_recipe(VALID | change)
     assert message in str(error.value)
+
+
+def test_a_recipe_without_a_name_is_called_like_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "my recipe.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in VALID.items() if k != "name"}))
+    assert load_recipe(path).name == "my-recipe"
 
 
 def test_every_value_can_be_overridden(tmp_path: Path) -> None:
@@ -87,7 +99,10 @@ def test_a_file_that_is_no_recipe_is_named_with_its_line(tmp_path: Path) -> None
         load_recipe(tmp_path / "none.yaml")
     path = tmp_path / "bad.yaml"
     path.write_text("name: x\nmodel: [1\n")
-    with pytest.raises(RecipeError, match=r"bad\.yaml:3: not YAML"):
+    with pytest.raises(RecipeError, match=r"bad\.yaml:3: no valid YAML"):
+        load_recipe(path)
+    path.write_text("name: x\ntrainer: {max_steps: 1}\nname: y\n")
+    with pytest.raises(RecipeError, match=r"bad\.yaml:3: no valid YAML: 'name' comes twice"):
         load_recipe(path)
     path.write_text("- a\n- b\n")
     with pytest.raises(RecipeError, match="a recipe is a mapping of sections; this file holds a list"):

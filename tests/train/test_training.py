@@ -5,18 +5,33 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import time
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from datasets import Dataset
+from rich.console import Console
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from inlay.fastweight import MemoryNeverReadError, NonFiniteMemoryError
-from inlay.train import InlayTrainer, Recipe, RunError, load_run, parse_recipe, read_metrics, train, write_run_report
+from inlay.train import (
+    InlayTrainer,
+    Recipe,
+    RecipeError,
+    RunError,
+    load_run,
+    parse_recipe,
+    read_metrics,
+    train,
+    write_run_report,
+)
 
 MODEL = {
     "model_type": "llama",
@@ -283,3 +298,122 @@ def test_text_with_several_documents_in_a_row_trains_with_and_without_memory(tmp
         assert outcome["train_loss"] > 0
         assert (tmp_path / name / "tokenizer").is_dir()
         assert load_run(tmp_path / name).data_config.tokenizer.kind == "pretrained"
+
+
+def cut_off(directory: Path) -> None:
+    """As a kill behind the last checkpoint leaves a run."""
+    (directory / "finished").unlink()
+
+
+def test_resumed_at_its_last_step_a_run_takes_no_other(tmp_path: Path) -> None:
+    steps = {"lr_scheduler_type": "constant"}
+    train(recipe(trainer=steps), tmp_path / "run")
+    before = weights(tmp_path / "run")
+    cut_off(tmp_path / "run")
+    train(recipe(trainer=steps), tmp_path / "run", resume=True)
+    assert not (tmp_path / "run" / "checkpoint-7").exists()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path / "run").items())
+    with pytest.raises(RunError, match="checkpoint-6 is beyond max_steps: 3"):
+        train(recipe(trainer=steps | {"max_steps": 3}), tmp_path / "run", resume=True)
+
+
+def test_resumed_at_its_last_epoch_a_run_takes_no_other(tmp_path: Path) -> None:
+    data = {"task": "recall", "sequence_length": 32, "pairs": 4, "keys": 8, "values": 8, "eval_examples": 8}
+    epochs = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "epoch"}
+    run = recipe(trainer=epochs, data=data | {"train_examples": 8})
+    train(run, tmp_path / "run")
+    cut_off(tmp_path / "run")
+    train(run, tmp_path / "run", resume=True)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("damage", ["no state", "half a state", "no optimizer", "half an optimizer"])
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path: Path, damage: str) -> None:
+    train(recipe(), tmp_path / "run")
+    before = weights(tmp_path / "run")
+    cut_off(tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint-6" / ("optimizer.pt" if "optimizer" in damage else "trainer_state.json")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    if damage.startswith("no"):
+        file.unlink()
+    said = StringIO()
+    train(recipe(), tmp_path / "run", resume=True, console=Console(file=said, width=1000))
+    assert "checkpoint-6" in said.getvalue()
+    assert "it is passed over" in said.getvalue()
+    assert "checkpoint-3" in said.getvalue().split("resuming from")[1]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path / "run").items())
+
+
+def test_what_kept_no_checkpoint_begins_anew_and_is_not_begun_anew_once_it_has_finished(tmp_path: Path) -> None:
+    kept = recipe(trainer={"save_strategy": "no"})
+    train(kept, tmp_path / "run")
+    with pytest.raises(RunError, match="has finished and kept no checkpoint"):
+        train(kept, tmp_path / "run", resume=True)
+    cut_off(tmp_path / "run")
+    said = StringIO()
+    train(kept, tmp_path / "run", resume=True, console=Console(file=said, width=1000))
+    assert "no checkpoint in" in said.getvalue()
+
+
+def test_the_best_model_is_the_one_that_is_kept(tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3, "greater_is_better": True}
+    train(recipe(trainer=best), tmp_path / "run")  # the highest loss, so that the first of the two is the best
+    first = load_file(tmp_path / "run" / "checkpoint-3" / "memory" / "memory.safetensors")
+    for resumed in (False, True):
+        if resumed:
+            cut_off(tmp_path / "run")
+            train(recipe(trainer=best), tmp_path / "run", resume=True)
+        kept = load_file(tmp_path / "run" / "memory" / "memory.safetensors")
+        assert kept.keys() <= first.keys()
+        assert all(torch.equal(tensor, first[name]) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"config": MODEL | {"num_attention_heads": 3, "head_dim": None}}}, "model: cannot be built"),
+        ({"model": {"config": MODEL, "attn_implementation": "bogus"}}, "model: cannot be built: .*bogus"),
+        ({"model": {"name_or_path": "nodir"}}, "cannot load the model nodir"),
+        (
+            {"model": {"config": {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}}},
+            "the model has 16 positions .* and sequences have 32 tokens",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_is_named_before_there_is_a_run(
+    tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        train(recipe(**sections), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_streamed_data_set_needs_steps_and_chunks_that_can_be_read(tmp_path: Path) -> None:
+    texts = Dataset.from_dict({"text": [f"{n} abcdefgh" * 40 for n in range(40)]})
+    texts.to_parquet(str(tmp_path / "data" / "train.parquet"))
+    data = {
+        "task": "text",
+        "source": "dataset",
+        "path": str(tmp_path / "data"),
+        "streaming": True,
+        "sequence_length": 32,
+    }
+    data |= {"max_eval_sequences": 2, "eval_fraction": 0.5, "tokenizer": {"kind": "bytes"}}
+    with pytest.raises(RecipeError, match=r"has no length: say how many steps, trainer\.max_steps"):
+        train(recipe(data=data, trainer={"max_steps": -1}), tmp_path / "run")
+    memory = {"layers": [1], "chunk_size": 32, "eta": 0.1}
+    with pytest.raises(MemoryNeverReadError, match="the longest has 32 tokens and chunk_size is 32"):
+        train(recipe(data=data, memory=memory), tmp_path / "run")
+
+
+def test_lora_on_layers_that_are_not_there_is_refused(tmp_path: Path, pretrained: Path) -> None:
+    sections = {"model": {"name_or_path": str(pretrained)}, "lora": {"target_modules": ["nope"]}}
+    with pytest.raises(RecipeError, match=r"lora: .*nope"):
+        train(recipe(**sections, mode="memory+lora"), tmp_path / "run")
+
+
+def test_a_run_that_lost_its_model_says_so(tmp_path: Path) -> None:
+    train(recipe(trainer={"save_strategy": "no"}), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    with pytest.raises(RunError, match="has lost its model/"):
+        load_run(tmp_path / "run")

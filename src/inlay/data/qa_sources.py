@@ -72,12 +72,13 @@ def read_squad(paths: Paths, problems: Problems) -> Iterator[Record]:
 def read_qa_jsonl(paths: Paths, config: JsonlConfig, problems: Problems) -> Iterator[Record]:
     """Yield one question per line of `.jsonl` and `.jsonl.gz` files; lines of white space are no lines."""
     for path, name in find_files(paths, suffixes=(".jsonl", ".jsonl.gz")):
-        number = 0
+        number, blank = 0, True
         try:
             with _open_binary(path) as lines:
                 for number, line in enumerate(lines, 1):
                     if not line.strip():
                         continue
+                    blank = False
                     where = f"{path}:{number}"
                     try:
                         yield _flat_record(where, _parse(line.strip()), f"{name}:{number}", config)
@@ -86,8 +87,8 @@ def read_qa_jsonl(paths: Paths, config: JsonlConfig, problems: Problems) -> Iter
         except (OSError, EOFError, zlib.error) as error:
             problems.report(f"{path}:{number + 1}", f"cannot be read ({error})")
             continue
-        if number == 0:
-            problems.report(str(path), "is empty")
+        if blank:
+            problems.report(str(path), "holds no text" if number else "is empty")
 
 
 def read_qa_dataset(split: str, config: DatasetQAConfig, problems: Problems) -> Iterator[Record]:

@@ -135,7 +135,10 @@ def read_files(paths: Paths, problems: Problems) -> Iterator[Document]:
             line = content.count(b"\n", 0, error.start) + 1
             problems.report(f"{path}:{line}", _undecodable(content[error.start], error.start))
             continue
-        if text.strip():
+        if (start := content.find(b"\0")) >= 0:
+            line = content.count(b"\n", 0, start) + 1
+            problems.report(f"{path}:{line}", _holds_nul(f"offset {start}"))
+        elif text.strip():
             yield Document(name, text)
         else:
             problems.report(str(path), "holds no text" if text else "is empty")
@@ -162,12 +165,13 @@ def read_jsonl_file(
         problems: takes what cannot be read.
         id_field: key of a string or number by which a line is called instead, where it has one.
     """
-    number, seen = 0, dict[str, int]()
+    number, blank, seen = 0, True, dict[str, int]()
     try:
         with _open_binary(path) as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
+                blank = False
                 document = _document_of_line(line, f"{name}:{number}", text_field, id_field)
                 if isinstance(document, _Bad):
                     problems.report(f"{path}:{number}", document.reason)
@@ -179,8 +183,8 @@ def read_jsonl_file(
     except (OSError, EOFError, zlib.error) as error:
         problems.report(f"{path}:{number + 1}", f"cannot be read ({error})")
     else:
-        if number == 0:
-            problems.report(str(path), "is empty")
+        if blank:
+            problems.report(str(path), "holds no text" if number else "is empty")
 
 
 def cannot_open(name: str, split: str, error: Exception) -> DataError:
@@ -266,7 +270,13 @@ def _undecodable(byte: int, offset: int) -> str:
     return f"is not UTF-8 (byte 0x{byte:02x} at offset {offset})"
 
 
+def _holds_nul(place: str) -> str:
+    return f"holds a NUL character ({place}): likely UTF-16 without a byte order mark, or no text; save it as UTF-8"
+
+
 def _document_of_line(line: bytes, place: str, text_field: str, id_field: str | None) -> Document | _Bad:
+    if (start := line.find(b"\0")) >= 0:
+        return _Bad(_holds_nul(f"offset {start} of the line"))
     try:
         row = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
@@ -294,6 +304,8 @@ def _checked_text(text: object, what: str) -> str | _Bad:
         return _Bad(f"{what} is no string but {_json_kind(text)}")
     if not text.strip():
         return _Bad(f"{what} is empty")
+    if (start := text.find("\0")) >= 0:
+        return _Bad(f"{what} {_holds_nul(f'character {start}')}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

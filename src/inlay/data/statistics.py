@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from inlay.data.packing import Row
 
 @dataclass(frozen=True)
 class MemoryStatistics:
-    """What a memory of one chunk size finds in a data set, with `boundary: reset`."""
+    """What a memory of one chunk size finds in a data set; with `boundary: carry`, a row is one piece to it."""
 
     chunk_size: int
     """Tokens in a chunk."""
@@ -58,15 +59,27 @@ class PackingStatistics:
     piece_tokens: np.ndarray = field(repr=False, compare=False)
     """Length of every piece, in tokens: `[pieces]`."""
 
-    def memory(self, chunk_size: int) -> MemoryStatistics:
-        """What a memory with chunks of `chunk_size` tokens can do with this data. Raises `ValueError` below 1."""
+    row_tokens: np.ndarray = field(repr=False, compare=False)
+    """Length of every row, in tokens, padding not included: `[sequences]`."""
+
+    def memory(self, chunk_size: int, boundary: Literal["reset", "carry"] = "reset") -> MemoryStatistics:
+        """What a memory can do with this data.
+
+        Args:
+            chunk_size: tokens of a chunk.
+            boundary: "reset": each piece has its own chunks. "carry": a row's pieces share them.
+
+        Raises:
+            ValueError: `chunk_size` is below 1.
+        """
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
-        reading = int(np.maximum(self.piece_tokens - chunk_size, 0).sum())
+        lengths = self.row_tokens if boundary == "carry" else self.piece_tokens
+        reading = int(np.maximum(lengths - chunk_size, 0).sum())
         return MemoryStatistics(
             chunk_size=chunk_size,
-            chunks=int((-(-self.piece_tokens // chunk_size)).sum()),
-            single_chunk_pieces=int((self.piece_tokens <= chunk_size).sum()),
+            chunks=int((-(-lengths // chunk_size)).sum()),
+            single_chunk_pieces=int((lengths <= chunk_size).sum()),
             reading_share=reading / self.tokens if self.tokens else 0.0,
         )
 
@@ -108,11 +121,13 @@ def packing_statistics(
         left_out_tokens=int(lengths.sum()) - tokens,
         padding_share=1 - tokens / places if places else 0.0,
         piece_tokens=pieces,
+        row_tokens=np.asarray([sum(len(piece.tokens) for piece in row) for row in rows], dtype=np.int64),
     )
 
 
 def whole_row_statistics(rows: int, sequence_length: int) -> PackingStatistics:
     """Counts of a data set whose every row is one document without padding (recall). Takes no memory per row."""
+    lengths = np.broadcast_to(np.int64(sequence_length), (rows,))
     return PackingStatistics(
         documents=rows,
         mean_document_tokens=float(sequence_length),
@@ -122,5 +137,6 @@ def whole_row_statistics(rows: int, sequence_length: int) -> PackingStatistics:
         tokens=rows * sequence_length,
         left_out_tokens=0,
         padding_share=0.0,
-        piece_tokens=np.broadcast_to(np.int64(sequence_length), (rows,)),
+        piece_tokens=lengths,
+        row_tokens=lengths,
     )

@@ -151,7 +151,7 @@ class RecipePlan:
             columns,
             rows,
             "The step at other lengths. Beside it, and not part of it: the updates of all chunks and layers as the "
-            f"materialised formula holds them, n·B·D·F·4 bytes a layer and copy; one port held {PORT_COPIES} copies.",
+            f"materialised formula holds them, n·B·D·F·4 bytes a layer and copy; one port held {PORT_COPIES}.",
             align=["right"] * len(columns),
             verdicts=None if self.budget_bytes is None else [self._mark(peak) for peak in own],
         )

@@ -258,7 +258,7 @@ def retention_section() -> Section:
     text = (
         f"{wrong} of the {len(claims)} averages do not follow from the tables they stand under. The mean of the table "
         "is (n−1)/2n, which never reaches 50 %; what comes near 100 % is the share of chunks that are read at all, "
-        f"(n−1)/n. Document 004 works out {percent(worked.mean_reach)} for {worked.stated_chunks} chunks itself and "
+        f"(n−1)/n. One document works out {percent(worked.mean_reach)} for {worked.stated_chunks} chunks itself and "
         f'then writes "≈ {100 * worked.stated_average:.0f} % with delta exposure"; reading its own update in full '
         f"lifts a chunk by 1/n, so that would take an exposure of {worked.exposure_needed:.1f}, and 1 is the most."
     )

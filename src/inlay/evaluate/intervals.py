@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,12 @@ def paired_interval(differences: Floats, counts: Integers) -> Interval:
     error = np.sqrt(sequences / (sequences - 1) * np.square(residuals).sum()) / tokens
     half = float(student(sequences - 1) * error)
     return Interval(mean, mean - half, mean + half)
+
+
+def numbered(values: Iterable[Hashable]) -> Integers:
+    """A number for each value, equal for equal ones, from 0 on in the order in which they first come."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)
 
 
 def student(degrees: int) -> float:

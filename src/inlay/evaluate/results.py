@@ -15,12 +15,13 @@ from inlay.evaluate.position import NO_STEP, PositionLoss, difference
 from inlay.evaluate.recall import RecallAccuracy
 from inlay.evaluate.scoring import EvaluationError
 from inlay.evaluate.window import GrowingContext
-from inlay.report import Section, Series, Table, accuracy_by_distance, line_plot, loss_by_position
+from inlay.report import Section, Series, Table, Text, accuracy_by_distance, line_plot, loss_by_position
 from inlay.report.jsonfile import plain, write_json
 from inlay.report.numbers import MINUS, MISSING
 
 Result: TypeAlias = PositionLoss | GrowingContext | RecallAccuracy
 
+CONTEXT_TITLE = "Loss with a growing context"
 QUARTER_NAMES = ("1st quarter", "2nd quarter", "3rd quarter", "last quarter")
 PLOTTED_POSITIONS = 48
 
@@ -36,6 +37,7 @@ class Evaluation:
         losses: Loss by position by variant.
         contexts: Growing context by variant.
         recalls: Recall by variant.
+        contexts_missing: Why growing context was not measured, and what to set; empty if it was, or was not asked for.
     """
 
     baseline: str | None = None
@@ -43,12 +45,13 @@ class Evaluation:
     losses: dict[str, PositionLoss] = field(default_factory=dict)
     contexts: dict[str, GrowingContext] = field(default_factory=dict)
     recalls: dict[str, RecallAccuracy] = field(default_factory=dict)
+    contexts_missing: str = ""
 
     def add(self, results: Mapping[str, Result]) -> Evaluation:
         """Add results by variant, of any kind; gives itself back.
 
         Raises:
-            EvaluationError: A loss is of other sequences or documents than those already here.
+            EvaluationError: A loss is of other sequences or pieces than those already here.
         """
         for name, result in results.items():
             if isinstance(result, PositionLoss):
@@ -84,6 +87,8 @@ class Evaluation:
                     name: [one.to_json() for one in self._context_gain(name)] for name in self._compared(self.contexts)
                 },
             }
+        if self.contexts_missing:
+            content.setdefault("growing_context", {})["not_measured"] = self.contexts_missing
         if self.recalls:
             content["recall"] = {"variants": {name: recall.to_json() for name, recall in self.recalls.items()}}
         return plain(content)
@@ -102,6 +107,10 @@ class Evaluation:
             for row in grid.rows:
                 table.add_row(*(str(cell) for cell in row))
             shown.append(table)
+        if self.contexts_missing:
+            note = rich.table.Table(title=CONTEXT_TITLE, title_justify="left", show_header=False)
+            note.add_row(self.contexts_missing)
+            shown.append(note)
         return shown
 
     def sections(self) -> list[Section]:
@@ -122,7 +131,7 @@ class Evaluation:
                     lines,
                     xlabel="context before the block, tokens",
                     ylabel="loss on the final block, bits per token",
-                    title="Loss with a growing context",
+                    title=CONTEXT_TITLE,
                     log_x=True,
                     marks=marks,
                 )
@@ -132,17 +141,20 @@ class Evaluation:
             if any((one.counts == 0).any() for one in self.recalls.values()):
                 answers = {name: _without_gaps(one) for name, one in self.recalls.items()}
             plots.append(accuracy_by_distance(answers, baseline=self.baseline, marks=marks))
-        return [
+        sections = [
             Section(title, items=[plot.figure(), grid])
             for (title, grid), plot in zip(self._grids(), plots, strict=True)
         ]
+        if self.contexts_missing:
+            sections.append(Section(CONTEXT_TITLE, items=[Text(self.contexts_missing, tone="note")]))
+        return sections
 
     def _grids(self) -> list[tuple[str, Table]]:
         grids = []
         if self.losses:
             grids.append(("Loss by position", self._loss_grid()))
         if self.contexts:
-            grids.append(("Loss with a growing context", self._context_grid()))
+            grids.append((CONTEXT_TITLE, self._context_grid()))
         if self.recalls:
             grids.append(("Recall", self._recall_grid()))
         return grids
@@ -151,7 +163,8 @@ class Evaluation:
         columns = {name: [*map(_figure, loss.quarters()), _figure(loss.mean)] for name, loss in self.losses.items()}
         columns |= {f"gain of {name}": [*map(_gain, self._loss_gain(name))] for name in self._compared(self.losses)}
         first = next(iter(self.losses.values()))
-        caption = f"Bits per token, {first.tokens:,} tokens in {first.sequences:,} sequences{self._gain_note(columns)}"
+        note = self._gain_note(columns, "sequences")
+        caption = f"Bits per token, {first.tokens:,} tokens in {first.sequences:,} sequences{note}"
         return _by_column("", [*QUARTER_NAMES, "all"], columns, caption)
 
     def _context_grid(self) -> Table:
@@ -167,8 +180,9 @@ class Evaluation:
         }
         first = next(iter(self.contexts.values()))
         caption = (
-            f"Bits per token (perplexity) on the final {first.block:,} tokens of {first.documents:,} documents "
-            f"({first.left_out:,} too short), by tokens of context{self._gain_note(columns)}"
+            f"Bits per token (perplexity) on the final {first.block:,} tokens of {first.pieces:,} pieces from "
+            f"{first.documents:,} documents ({first.left_out:,} more too short), by tokens of context"
+            f"{self._gain_note(columns, 'documents')}"
         )
         return _by_column("context", [f"{context:,}" for context in first.contexts], columns, caption)
 
@@ -202,10 +216,10 @@ class Evaluation:
         assert self.baseline is not None
         return self.contexts[name].gain(self.contexts[self.baseline])
 
-    def _gain_note(self, columns: Mapping[str, object]) -> str:
+    def _gain_note(self, columns: Mapping[str, object], between: str) -> str:
         if not any(name.startswith("gain of ") for name in columns):
             return "."
-        return f"; gains are over “{self.baseline}”, ± half the 95 % interval."
+        return f"; gains are over “{self.baseline}”, ± half the 95 % interval, from the spread between {between}."
 
 
 def _by_column(corner: str, labels: Sequence[str], columns: Mapping[str, Sequence[str]], caption: str) -> Table:

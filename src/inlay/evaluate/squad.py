@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from inlay.evaluate.intervals import Interval, paired_interval, student
+from inlay.evaluate.intervals import Interval, numbered, paired_interval, student
 from inlay.evaluate.scoring import EvaluationError, Floats, Integers
 from inlay.report.series import wilson
 
@@ -182,7 +182,7 @@ def squad_scores(
         version = "1.1" if all(references) else "2.0"
     exact = [exact_match(*pair, version) for pair in zip(predictions, references, strict=True)]
     f1s = [f1(*pair, version) for pair in zip(predictions, references, strict=True)]
-    groups = _numbered(range(len(predictions)) if contexts is None else contexts)
+    groups = numbered(range(len(predictions)) if contexts is None else contexts)
     answerable = np.array([len(answers) > 0 for answers in references])
 
     def mean(chosen: np.ndarray) -> ScoreIntervals | None:
@@ -228,11 +228,6 @@ def _word_f1(given: list[str], wanted: list[str], version: Version) -> float:
         return 0.0
     precision, recall = common / len(given), common / len(wanted)
     return 2 * precision * recall / (precision + recall)
-
-
-def _numbered(values: Sequence[Hashable]) -> Integers:
-    numbers: dict[Hashable, int] = {}
-    return np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)
 
 
 def mean_interval(scores: Floats, groups: Integers) -> Interval:

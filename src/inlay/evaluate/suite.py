@@ -29,8 +29,8 @@ def evaluate_model(
 ) -> Evaluation:
     """Measure ``model`` on the evaluation data, with its memory on and with η = 0 if it has one.
 
-    Recall data give the accuracy by distance; text gives the loss by position and, where there are documents long
-    enough, the loss on a fixed final block under growing context.
+    Recall data give the accuracy by distance; text gives the loss by position and, where it is long enough, the loss on
+    a fixed final block under growing context; where it is not, the evaluation says so.
 
     Args:
         model: The trained model.
@@ -57,12 +57,15 @@ def evaluate_model(
     length = data.statistics.eval.sequence_length
     block = block or max(1, length // 8)
     contexts = list(contexts or _doubling(block, length - block))
-    if contexts and int(data.statistics.eval.piece_tokens.max()) >= contexts[-1] + block:
-        add(
-            lambda: growing_context(
-                model, held, block=block, contexts=contexts, batch_size=batch_size, progress=progress
-            )
+    longest, context = int(data.statistics.eval.piece_tokens.max()), max(contexts, default=1)
+    if block + context > longest:
+        evaluation.contexts_missing = (
+            f"Not measured: a block of {block:,} tokens and a context of {context:,} before it need "
+            f"{block + context:,} tokens of one document in a sequence; the longest piece has {longest:,}. Set "
+            f"evaluate.block and the longest of evaluate.contexts to {longest:,} together, at most."
         )
+        return evaluation
+    add(lambda: growing_context(model, held, block=block, contexts=contexts, batch_size=batch_size, progress=progress))
     return evaluation
 
 

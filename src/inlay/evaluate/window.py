@@ -1,4 +1,7 @@
-"""Perplexity with a growing context: the same final block of every document, with more and more before it.
+"""Perplexity with a growing context: the same final block of every piece, with more and more before it.
+
+A piece is a document, or what a sequence of a packed data set holds of one. Pieces of one document are no independent
+measurements, so intervals are from the spread between documents.
 
 What a model can use of a long context shows when the tokens that are scored stay the same and only what comes before
 them grows. A model that sees no further than its attention window stays flat beyond it; one whose memory works goes on
@@ -8,7 +11,7 @@ down.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,7 +20,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from inlay.evaluate.intervals import Interval, paired_interval
+from inlay.data.packing import NAMES_COLUMN
+from inlay.evaluate.intervals import Interval, numbered, paired_interval
 from inlay.evaluate.scoring import (
     EvaluationError,
     Floats,
@@ -37,31 +41,38 @@ Documents: TypeAlias = Iterable[ArrayLike | Mapping[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class GrowingContext:
-    """Loss on the final block of S documents, by the length of the context before it.
+    """Loss on the final block of S pieces, by the length of the context before it.
 
     Attributes:
         contexts: ``[N]`` tokens of context, ascending.
-        block: Tokens scored in each document.
-        document_sums: ``[S, N]`` bits of each document's block.
-        left_out: Documents shorter than the longest context and the block together.
-        fingerprint: Stands for the documents.
+        block: Tokens scored in each piece.
+        piece_sums: ``[S, N]`` bits of each piece's block.
+        piece_documents: ``[S]`` number, from 0 on, of the document that each piece is from.
+        left_out: Pieces shorter than the longest context and the block together.
+        fingerprint: Stands for the pieces.
     """
 
     contexts: Integers
     block: int
-    document_sums: Floats
+    piece_sums: Floats
+    piece_documents: Integers
     left_out: int
     fingerprint: str
 
     @property
+    def pieces(self) -> int:
+        """Pieces S."""
+        return len(self.piece_sums)
+
+    @property
     def documents(self) -> int:
-        """Documents S."""
-        return len(self.document_sums)
+        """Documents that they are from."""
+        return len(np.unique(self.piece_documents))
 
     @property
     def bits(self) -> Floats:
         """``[N]`` bits per token of the block."""
-        return np.asarray(self.document_sums.mean(0) / self.block)
+        return np.asarray(self.piece_sums.mean(0) / self.block)
 
     @property
     def perplexity(self) -> Floats:
@@ -72,19 +83,21 @@ class GrowingContext:
         """``[N]`` bits per token that ``other`` costs more than this, with paired 95 % intervals over documents.
 
         Raises:
-            EvaluationError: They are not of the same documents, block and contexts.
+            EvaluationError: They are not of the same pieces, block and contexts.
         """
         same = self.fingerprint == other.fingerprint and self.block == other.block
         if not same or not np.array_equal(self.contexts, other.contexts):
-            raise EvaluationError("these are not of the same documents, block and contexts, so they cannot be compared")
-        counts = np.full(self.documents, self.block)
-        gap = other.document_sums - self.document_sums
-        return tuple(paired_interval(gap[:, index], counts) for index in range(len(self.contexts)))
+            raise EvaluationError("these are not of the same pieces, block and contexts, so they cannot be compared")
+        counts = self.block * np.bincount(self.piece_documents)
+        gap = other.piece_sums - self.piece_sums
+        sums = (np.bincount(self.piece_documents, column).astype(np.float64) for column in gap.T)
+        return tuple(paired_interval(by_document, counts) for by_document in sums)
 
     def to_json(self) -> dict[str, Any]:
         """Plain types."""
         return {
             "block": self.block,
+            "pieces": self.pieces,
             "documents": self.documents,
             "left_out": self.left_out,
             "contexts": self.contexts.tolist(),
@@ -101,28 +114,28 @@ def growing_context(
     contexts: Sequence[int],
     batch_size: int = 8,
     device: torch.device | str | None = None,
-    max_documents: int | None = None,
+    max_pieces: int | None = None,
     progress: Progress | None = None,
 ) -> GrowingContext:
-    """Score the final ``block`` tokens of each document with the last c tokens before them as context, for each c.
+    """Score the final ``block`` tokens of each piece with the last c tokens before them as context, for each c.
 
-    Only documents that are long enough for the longest context take part, so that every context is measured on the same
+    Only pieces that are long enough for the longest context take part, so that every context is measured on the same
     tokens; the others are counted as left out. For the same model without its memory, run it through
     :func:`inlay.evaluate.with_and_without_memory`.
 
     Args:
         model: A causal LM, as in :func:`inlay.evaluate.loss_by_position`.
-        documents: Token ids ``[tokens]`` of each document; or a packed data set, each piece of whose rows is taken for
-            a document.
-        block: Tokens scored at each document's end.
+        documents: Token ids ``[tokens]`` of each document, each one piece; or a packed data set, whose rows are taken
+            apart into their pieces. Without ``document_names`` each piece counts as a document.
+        block: Tokens scored at each piece's end.
         contexts: Tokens before the block, each at least 1.
-        batch_size: Documents in a batch B.
+        batch_size: Pieces in a batch B.
         device: Where the model is; by default its first parameter's.
-        max_documents: Take no more than so many of the documents that are long enough, evenly spaced.
-        progress: Called after each batch with the scored blocks and all there are (documents times contexts).
+        max_pieces: Take no more than so many of the pieces that are long enough, evenly spaced.
+        progress: Called after each batch with the scored blocks and all there are (pieces times contexts).
 
     Raises:
-        EvaluationError: No document is long enough, or ``block`` or a context is below 1.
+        EvaluationError: No piece is long enough, or ``block`` or a context is below 1.
     """
     sizes = np.unique(np.asarray(contexts, dtype=np.int64))
     if block < 1 or not len(sizes) or sizes[0] < 1:
@@ -130,17 +143,23 @@ def growing_context(
     needed = block + int(sizes[-1])
     lengths: list[int] = []
     ends: list[Integers] = []
+    sources: list[Hashable] = []
     for document in documents:
-        for tokens in pieces(document):
-            lengths.append(len(tokens))
+        names = document.get(NAMES_COLUMN) if isinstance(document, Mapping) else None
+        for index, tokens in enumerate(pieces(document)):
             if len(tokens) >= needed:
                 ends.append(tokens[-needed:].copy())
+                sources.append(len(lengths) if names is None else names[index])
+            lengths.append(len(tokens))
     if not ends:
         raise EvaluationError(
-            f"no document has the {needed} tokens that a context of {sizes[-1]} and a block of {block} need: the "
-            f"longest of {len(lengths)} has {max(lengths, default=0)}. Ask for shorter contexts, or a smaller block"
+            f"no piece of a document has the {needed} tokens that a context of {sizes[-1]} and a block of {block} "
+            f"need: the longest of {len(lengths)} has {max(lengths, default=0)}. Ask for shorter contexts, or a "
+            "smaller block"
         )
-    chosen = [ends[index] for index in choose(len(ends), max_documents)]
+    indices = choose(len(ends), max_pieces)
+    chosen = [ends[index] for index in indices]
+    from_documents = numbered(sources[index] for index in indices)
     where = device_of(model) if device is None else torch.device(device)
     sums = np.zeros((len(chosen), len(sizes)))
     with evaluating(model):
@@ -156,11 +175,11 @@ def growing_context(
                 sums[row : row + len(bits), column] = bits.sum(1)
                 row += len(bits)
     fingerprint = hashlib.sha256(np.stack(chosen).tobytes()).hexdigest()[:16]
-    return GrowingContext(sizes, block, sums, len(lengths) - len(ends), fingerprint)
+    return GrowingContext(sizes, block, sums, from_documents, len(lengths) - len(ends), fingerprint)
 
 
 def pieces(document: ArrayLike | Mapping[str, Any]) -> list[Integers]:
-    """The documents in a row of a packed data set, padding left out; a document's tokens as they are."""
+    """The pieces in a row of a packed data set, padding left out; a document's tokens as they are."""
     if not isinstance(document, Mapping):
         return [np.asarray(document, dtype=np.int64)]
     tokens = np.asarray(document["input_ids"], dtype=np.int64)
@@ -171,17 +190,17 @@ def pieces(document: ArrayLike | Mapping[str, Any]) -> list[Integers]:
 
 
 class _Ends:
-    """The last ``length`` tokens of each document."""
+    """The last ``length`` tokens of each piece."""
 
-    def __init__(self, documents: Sequence[Integers], length: int) -> None:
-        self.documents = documents
+    def __init__(self, pieces: Sequence[Integers], length: int) -> None:
+        self.pieces = pieces
         self.length = length
 
     def __len__(self) -> int:
-        return len(self.documents)
+        return len(self.pieces)
 
     def __getitem__(self, index: int) -> dict[str, Integers]:
-        return {"input_ids": self.documents[index][-self.length :]}
+        return {"input_ids": self.pieces[index][-self.length :]}
 
 
 def _stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -49,6 +49,7 @@ def describe_model(model: nn.Module, decoder: Decoder) -> dict[str, Any]:
         "type": getattr(config, "model_type", type(decoder.model or model).__name__),
         "blocks": len(decoder.blocks),
         "projection": decoder.projection,
+        "intermediate_size": getattr(config, "intermediate_size", None),
     }
 
 
@@ -139,11 +140,12 @@ def check_model(saved: SavedMemory, model: dict[str, Any]) -> None:
     Raises:
         CheckpointError: Names what differs.
     """
-    different = {k: (saved.model.get(k), model[k]) for k in model if saved.model.get(k) != model[k]}
+    different = {k: (saved.model[k], model[k]) for k in model if k in saved.model and saved.model[k] != model[k]}
     if different:
         raise CheckpointError(
             f"the memory in {saved.directory} is of another model: "
             + ", ".join(f"{key} is {theirs!r} there and {ours!r} here" for key, (theirs, ours) in different.items())
+            + ". Load it into the model that it was trained with"
         )
 
 
@@ -164,7 +166,10 @@ def load_tensors(saved: SavedMemory, layers: Mapping[int, FastWeightLinear], bas
     ]
     problems = [f"missing there: {missing}"] * bool(missing) + [f"no place here: {unexpected}"] * bool(unexpected)
     if problems or shapes:
-        raise CheckpointError(f"the memory in {saved.directory} does not fit: " + "; ".join(problems + shapes))
+        raise CheckpointError(
+            f"the memory in {saved.directory} does not fit: {'; '.join(problems + shapes)}. "
+            "Load it into the model that it was trained with"
+        )
     with torch.no_grad():
         for name, tensor in saved.tensors.items():
             available[name].copy_(tensor)

@@ -18,7 +18,7 @@ from inlay.fastweight import checkpoint
 from inlay.fastweight.config import FastWeightConfig
 from inlay.fastweight.context import ContextHolder
 from inlay.fastweight.errors import AttachError, CheckpointError, MemoryNeverReadError, NonFiniteMemoryError
-from inlay.fastweight.families import Decoder, Site, find_decoder, is_called
+from inlay.fastweight.families import Decoder, Site, find_decoder, is_called, projection_shape
 from inlay.fastweight.hooks import ForwardHooks
 from inlay.fastweight.layer import FastWeightLinear, Representation
 from inlay.fastweight.session import Session, load_session
@@ -51,6 +51,8 @@ def attach(model: nn.Module, config: FastWeightConfig) -> Memory:
     Raises:
         AttachError: The configuration does not fit the model, or it has a memory already. The model is unchanged.
     """
+    if not isinstance(config, FastWeightConfig):
+        raise AttachError(f"attach takes a FastWeightConfig; got {type(config).__name__}: inlay.FastWeightConfig(**…)")
     if find_memory(model) is not None:
         raise AttachError(
             f"{type(model).__name__} has a memory already. Take it out with memory.detach() before attaching another; "
@@ -63,7 +65,14 @@ def attach(model: nn.Module, config: FastWeightConfig) -> Memory:
             "lm_gen.streaming(...)' block, attach, and begin the stream anew"
         )
     sites = [decoder.site(index) for index in config.layer_indices(len(decoder.blocks))]
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
     for site in sites:
+        features = projection_shape(site.projection)[0]
+        if isinstance(width, int) and features != width:
+            raise AttachError(
+                f"{site.name!r} of block {site.index} gives {features} features and the model is {width} wide: it is "
+                "no down projection; name that one with FastWeightConfig(projection=…)"
+            )
         if config.target == "hidden" and (site.mlp is site.block or not is_called(site.mlp)):
             raise AttachError(
                 f"target='hidden' takes the input of the module that calls the projection, but block {site.index} has "
@@ -365,7 +374,11 @@ class Memory:
                 f"no document is longer than a chunk: the longest has {longest} tokens and chunk_size is "
                 f"{self.config.chunk_size}, so what the memory writes is never read and nothing can be learnt. Use "
                 f"longer sequences, or a chunk_size of {max(1, longest // 4)} or less"
-                + (", or boundary='carry' if neighbours belong together" if self.config.boundary == "reset" else "")
+                + (
+                    ", or boundary='carry' where a row holds several documents"
+                    if self.config.boundary == "reset"
+                    else ""
+                )
             )
 
     def raise_if_not_finite(self, step: int | None = None) -> None:

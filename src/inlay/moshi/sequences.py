@@ -250,7 +250,7 @@ def load_sequences(config: SequenceConfig) -> MoshiData:
         raise DataError(f"no training sequence in {config.train_data}: {train.why_none()}")
     if not held_rows.rows:
         where = config.eval_data or f"the held-out share (eval_fraction {config.eval_fraction})"
-        raise DataError(f"no evaluation sequence in {where}: {held_rows.why_none()}, or give eval_data")
+        raise DataError(f"no evaluation sequence in {where}: {held_rows.why_none()}, or give data.eval_data")
     rows = train.weighted(weights)
     return MoshiData(
         MoshiSequences(stores, rows),
@@ -371,5 +371,5 @@ class _Rows:
     def why_none(self) -> str:
         """Why there is no row, and what to do."""
         if not self.files:
-            return "no file falls into it; change eval_fraction"
-        return f"none of {self.files} files is as long as min_sec {self.config.min_sec}; lower it"
+            return "no file falls into it; change data.eval_fraction"
+        return f"none of {self.files} files is as long as data.min_sec {self.config.min_sec}; lower it"

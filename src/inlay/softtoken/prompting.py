@@ -173,6 +173,8 @@ class BoundLayout(Wording):
 
     def _prompts(self, memory: SoftTokens, questions: Sequence[str] | None) -> list[Prompt]:
         """Each row's prompt, when the memory goes with them."""
+        if isinstance(questions, str):
+            raise LayoutError(f"questions are a list, one a row; got the text {questions!r}: give [{questions!r}]")
         if questions is None:
             questions = [""] * memory.rows
         if len(questions) != memory.rows:

@@ -112,6 +112,8 @@ class SoftTokenStore:
         Raises:
             StoreError: An id is not in the store (the nearest ones are named), or a file is damaged.
         """
+        if isinstance(ids, str):
+            raise StoreError(f"ids are a list; got the text {ids!r}: give [{ids!r}]")
         wanted: dict[int, list[str]] = {}
         for name in dict.fromkeys(ids):
             number, _ = self._places[self.find(name).id]

@@ -28,7 +28,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from inlay.data import DataError, FactsDataset, QAData, load_qa
@@ -51,9 +51,9 @@ from inlay.train.directory import (
     DONE,
     RECIPE,
     TOKENIZER,
-    RunError,
     begin_run,
     refuse_another_run,
+    require_finished,
     run_trainer,
     training_arguments,
 )
@@ -133,6 +133,8 @@ def train_compressor(
     """
     console = console or Console(quiet=True)
     refuse_another_run(directory, recipe, resume)
+    for stage in stages(recipe):
+        _arguments(recipe, stage, directory)  # what this machine cannot do (bf16: true) is told before anything is made
     data = load_qa(recipe.data)
     model, tokenizer = _decoder(recipe, directory, console)
     weights = model.state_dict()  # by the names they have without adapters
@@ -183,20 +185,16 @@ def build_task(recipe: CompressRecipe, model: PreTrainedModel, tokenizer: PreTra
     return CompressionTask(recipe, decoder, build_compressor(recipe.compressor, decoder), layout)
 
 
-def load_compress_run(directory: Path, *, device: str | torch.device | None = None) -> CompressRun:
+def load_compress_run(directory: str | Path, *, device: str | torch.device | None = None) -> CompressRun:
     """Load a finished run.
 
     Raises:
         RunError: ``directory`` is no compression run, or one that has not finished.
         CompressorError: The compressor's files are damaged, or the decoder it was trained for has changed.
     """
-    if not (directory / RECIPE).is_file():
-        raise RunError(f"{directory} is no run: it has no {RECIPE}")
+    directory = Path(directory)
+    require_finished(directory)
     recipe = load_compress_recipe(directory / RECIPE)
-    if not (directory / DONE).is_file():
-        raise RunError(
-            f"the run in {directory} has not finished; go on with: inlay compress train {directory / RECIPE} --resume"
-        )
     base, tokenizer = load_decoder(recipe, directory)
     model: PreTrainedModel | PeftModel = base.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if (directory / DECODER_ADAPTER).is_dir():
@@ -288,20 +286,24 @@ def _train_stage(
     console: Console,
 ) -> dict[str, float]:
     recipe = task.recipe
-    arguments = recipe.trainer
-    if stage.name == PRETRAINING and recipe.pretraining is not None:
-        arguments = arguments | recipe.pretraining.trainer | {"max_steps": recipe.pretraining.max_steps}
     console.print(f"{stage.name}: {_in_words(stage.weights)}{', one drawn per step' if stage.drawn else ''}")
     trainer = trainer_class(
         recipe=recipe,
         stage=stage,
         model=task,
-        args=training_arguments(directory, recipe.seed, arguments),
+        args=_arguments(recipe, stage, directory),
         train_dataset=ByContext(data.train, recipe.questions_per_context),
         eval_dataset=ByContext(data.eval, recipe.questions_per_context),
         data_collator=ContextCollator(task.layout, recipe.context_tokens),
     )
     return run_trainer(trainer, directory, resume=resume, console=console)
+
+
+def _arguments(recipe: CompressRecipe, stage: Stage, directory: Path) -> TrainingArguments:
+    arguments = recipe.trainer
+    if stage.name == PRETRAINING and recipe.pretraining is not None:
+        arguments = arguments | recipe.pretraining.trainer | {"max_steps": recipe.pretraining.max_steps}
+    return training_arguments(directory, recipe.seed, arguments)
 
 
 def _summary(task: CompressionTask, data: QAData) -> str:

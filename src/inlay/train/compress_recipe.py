@@ -25,9 +25,9 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 from inlay.data import FactsConfig, QAConfig
 from inlay.softtoken.compressors import CompressorConfig, EncoderPoolConfig, PoolConfig
 from inlay.softtoken.layout import PromptLayout
-from inlay.train.kinds import recipe_kind
+from inlay.train.kinds import refuse_other_kinds
 from inlay.train.recipe import LoraSection, ModelSection
-from inlay.train.yaml_recipe import RecipeError, Section, check_recipe, check_trainer, read_recipe
+from inlay.train.yaml_recipe import Section, check_recipe, check_trainer, read_recipe
 
 
 class BaseStage(Section):
@@ -190,7 +190,7 @@ class CompressEvaluateSection(Section):
 class CompressRecipe(Section):
     """One compression run."""
 
-    name: str = Field(pattern=r"^[\w.+-]+$")
+    name: str = Field(pattern=r"^[\w+-][\w.+-]*$")
     """Names the run's directory."""
 
     seed: int = Field(default=0, ge=0)
@@ -327,8 +327,7 @@ def load_compress_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Com
         RecipeError: The file is missing or no YAML mapping, or a key or value is wrong; names the key and, for an
             unknown one, its nearest neighbour. Or it is a recipe of another kind.
     """
-    if recipe_kind(Path(path)) not in ("compress", None):
-        raise RecipeError(f"{path} is a recipe of fast weights, not of soft tokens: use inlay train and inlay evaluate")
+    refuse_other_kinds(path, "compress")
     return read_recipe(CompressRecipe, path, overrides)
 
 

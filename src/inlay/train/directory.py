@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,7 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from inlay.fastweight import InlayError
 from inlay.train.trainer import MetricsFile, ProgressBar
@@ -21,6 +23,9 @@ RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 TOKENIZER = "tokenizer"
 DONE = "finished"
+
+_STATE = "trainer_state.json"
+_STEP = re.compile(r"checkpoint-(\d+)")
 
 _DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_total_limit": 2}
 
@@ -33,7 +38,8 @@ def refuse_another_run(directory: Path, recipe: Section, resume: bool) -> None:
     """Make sure that ``directory`` holds no run, or with ``resume`` none but this recipe's.
 
     Raises:
-        RunError: It does. Only the recipe's ``trainer`` section may differ when a run is resumed.
+        RunError: It does, or the run has finished and kept nothing to go on from. Only the recipe's ``trainer`` section
+            may differ when a run is resumed.
     """
     path = directory / RECIPE
     if not path.exists():
@@ -41,11 +47,32 @@ def refuse_another_run(directory: Path, recipe: Section, resume: bool) -> None:
     if not resume:
         raise RunError(f"{directory} holds a run already. Go on with --resume, start another with name=…, or remove it")
     before = read_recipe(type(recipe), path)
-    if before.model_copy(update={"trainer": {}}) != recipe.model_copy(update={"trainer": {}}):
+    free = {"trainer": {}, "name": directory.name}  # a folder may be called anew
+    if before.model_copy(update=free) != recipe.model_copy(update=free):
         raise RunError(
             f"{directory} was trained with another recipe ({path}): only its trainer section may change when it is "
             "resumed. Resume with that one, or choose another name"
         )
+    if (directory / DONE).is_file() and not _checkpoints(directory):
+        raise RunError(
+            f"{directory} has finished and kept no checkpoint to go on from (trainer.save_strategy); start another run "
+            "with name=…, or remove it"
+        )
+
+
+def require_finished(directory: Path) -> None:
+    """Make sure that ``directory`` is a run that was trained to its end.
+
+    Raises:
+        RunError: It is none, or it has to be gone on with; says how.
+    """
+    path = directory / RECIPE
+    if not path.is_file():
+        hint = "; it is a recipe: train it first" if directory.is_file() else ""
+        raise RunError(f"{directory} is no run: it has no {RECIPE}{hint}")
+    if not (directory / DONE).is_file():
+        place = f"name={directory.name} --runs {directory.parent}"
+        raise RunError(f"the run in {directory} has not finished; go on with: inlay train {path} {place} --resume")
 
 
 def begin_run(directory: Path, recipe: Section) -> None:
@@ -79,8 +106,11 @@ def run_trainer(trainer: Trainer, directory: Path, *, resume: bool, console: Con
     Args:
         trainer: Ready to train.
         directory: Of the run.
-        resume: Go on from the last checkpoint in ``directory``; from the start if there is none.
+        resume: Go on from the last whole checkpoint in ``directory``; from the start if there is none.
         console: Is told what is resumed.
+
+    Raises:
+        RunError: The last checkpoint is beyond the steps that are asked for.
 
     Returns:
         The Trainer's closing metrics.
@@ -92,11 +122,66 @@ def run_trainer(trainer: Trainer, directory: Path, *, resume: bool, console: Con
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressBar)
-    last = get_last_checkpoint(str(directory)) if resume else None
+    last = _last_whole_checkpoint(directory, trainer.args, console) if resume else None
     if last is not None:
+        state = TrainerState.load_from_json(str(last / _STATE))
+        if _is_over(state, trainer.args, last):
+            console.print(f"{last} is the end of the training")
+            best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+            trainer._load_from_checkpoint(best or str(last))
+            writer.close()
+            return {}
         console.print(f"resuming from {last}")
+    elif resume:
+        console.print(f"no checkpoint in {directory}: training begins anew")
     try:
-        outcome = trainer.train(resume_from_checkpoint=last)
+        outcome = trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finally:
         writer.close()
     return {key: float(value) for key, value in outcome.metrics.items()}
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in a run's directory, whole or not, the latest first."""
+    steps = {path: int(found[1]) for path in directory.glob("checkpoint-*") if (found := _STEP.fullmatch(path.name))}
+    return sorted(steps, key=lambda path: -steps[path])
+
+
+def _last_whole_checkpoint(directory: Path, arguments: TrainingArguments, console: Console) -> Path | None:
+    """The latest that can be gone on from; what is wrong with later ones is told."""
+    for path in _checkpoints(directory):
+        fault = _fault(path, arguments)
+        if fault is None:
+            return path
+        console.print(f"{path} {fault}: it is passed over")
+    return None
+
+
+def _fault(checkpoint: Path, arguments: TrainingArguments) -> str | None:
+    """Why a checkpoint cannot be gone on from; None where it can. The Trainer writes its state last."""
+    try:
+        json.loads((checkpoint / _STATE).read_text())
+    except (OSError, ValueError):
+        return f"was cut off while it was written (no whole {_STATE})"
+    for name in () if arguments.save_only_model else ("optimizer.pt", "scheduler.pt"):
+        if not (checkpoint / name).is_file():
+            return f"has no {name}"
+        if not zipfile.is_zipfile(checkpoint / name):
+            return f"holds a damaged {name}"
+    return None
+
+
+def _is_over(state: TrainerState, arguments: TrainingArguments, checkpoint: Path) -> bool:
+    """Whether a checkpoint is of the last step: the Trainer would take one more.
+
+    Raises:
+        RunError: It is of a later one.
+    """
+    if arguments.max_steps <= 0:
+        return state.epoch is not None and state.epoch >= arguments.num_train_epochs
+    if state.global_step > arguments.max_steps:
+        raise RunError(
+            f"{checkpoint} is beyond max_steps: {arguments.max_steps}; raise that, or remove the checkpoints that are "
+            "too late"
+        )
+    return state.global_step == arguments.max_steps

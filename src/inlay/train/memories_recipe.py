@@ -89,7 +89,7 @@ class MemoriesEvaluateSection(Section):
 class MemoriesRecipe(Section):
     """Both memories on every task."""
 
-    name: str = Field(pattern=r"^[\w.+-]+$")
+    name: str = Field(pattern=r"^[\w+-][\w.+-]*$")
     """Names the directory."""
 
     seed: int = Field(default=0, ge=0)

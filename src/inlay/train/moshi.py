@@ -33,7 +33,15 @@ from inlay.moshi.model import MoshiForTraining
 from inlay.moshi.sequences import MoshiData, collate_sequences, load_sequences
 from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
 from inlay.moshi.yarn import apply_yarn, yarn_of
-from inlay.train.directory import DONE, RECIPE, RunError, begin_run, refuse_another_run, run_trainer, training_arguments
+from inlay.train.directory import (
+    DONE,
+    RECIPE,
+    begin_run,
+    refuse_another_run,
+    require_finished,
+    run_trainer,
+    training_arguments,
+)
 from inlay.train.monitor import monitor_on
 from inlay.train.moshi_recipe import MoshiRecipe, load_moshi_recipe
 from inlay.train.moshi_trainer import FINETUNED, MoshiTrainer
@@ -191,13 +199,8 @@ def load_moshi_run(directory: Path, *, device: str | torch.device | None = None,
         RunError: ``directory`` is no run, or one that has not finished.
         CheckpointError: Its files are damaged.
     """
-    if not (directory / RECIPE).is_file():
-        raise RunError(f"{directory} is no run: it has no {RECIPE}")
+    require_finished(directory)
     recipe = load_moshi_recipe(directory / RECIPE)
-    if not (directory / DONE).is_file():
-        raise RunError(
-            f"the run in {directory} has not finished; go on with: inlay train {directory / RECIPE} --resume"
-        )
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load_checkpoint(recipe.moshi_paths.hf_repo_id, device=where, dtype=DTYPES[recipe.param_dtype])
     lm, memory = load_finetuned(checkpoint, directory / FINETUNED, **overrides)

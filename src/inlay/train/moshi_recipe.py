@@ -24,6 +24,7 @@ from inlay.moshi.lora import LoraConfig
 from inlay.moshi.loss import LossConfig
 from inlay.moshi.sequences import SequenceConfig
 from inlay.moshi.yarn import YarnConfig
+from inlay.train.kinds import refuse_other_kinds
 from inlay.train.recipe import DoctorSection
 from inlay.train.yaml_recipe import Section, check_trainer, read_recipe
 
@@ -100,7 +101,7 @@ class MoshiEvaluateSection(Section):
 class MoshiRecipe(Section):
     """One training run of Moshi."""
 
-    name: str = Field(pattern=r"^[\w.+-]+$")
+    name: str = Field(pattern=r"^[\w+-][\w.+-]*$")
     """Names the run's directory."""
 
     moshi_paths: MoshiPaths
@@ -253,8 +254,9 @@ def load_moshi_recipe(path: str | Path, overrides: Sequence[str] = ()) -> MoshiR
 
     Raises:
         RecipeError: The file is missing or no YAML mapping, or a key or value is wrong; names the key and, for an
-            unknown one, its nearest neighbour.
+            unknown one, its nearest neighbour. Or it is a recipe of another kind.
     """
+    refuse_other_kinds(path, "moshi")
     return read_recipe(MoshiRecipe, path, overrides)
 
 

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 class ReadingRecipe(Section):
     """One training of a decoder to answer from its fast weights."""
 
-    name: str = Field(pattern=r"^[\w.+-]+$")
+    name: str = Field(pattern=r"^[\w+-][\w.+-]*$")
     """Names the run."""
 
     seed: int = Field(default=0, ge=0)
@@ -183,6 +183,9 @@ class ReadingTrainer(LossTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.model.decoder, self.model.memory, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,18 @@ Every section is checked when the file is read. Any value can be overridden by i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
+from transformers import CONFIG_MAPPING
 
 from inlay.data import DataConfig
 from inlay.fastweight import FastWeightConfig, TrainMode
-from inlay.train.yaml_recipe import RecipeError, Section, check_recipe, check_trainer, dump_recipe, read_recipe
+from inlay.train.kinds import refuse_other_kinds
+from inlay.train.yaml_recipe import RecipeError, Section, check_recipe, check_trainer, dump_recipe, nearest, read_recipe
 
 __all__ = [
     "DoctorSection",
@@ -33,6 +36,10 @@ __all__ = [
     "load_recipe",
     "parse_recipe",
 ]
+
+
+_OLDER = {"torch_dtype", "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"}
+"""Names of before, which transformers' configs turn into today's."""
 
 
 class ModelSection(Section):
@@ -57,7 +64,21 @@ class ModelSection(Section):
             raise ValueError("give either name_or_path (a pretrained model) or config (an architecture), not both")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("config needs a model_type, e.g. {model_type: llama, hidden_size: 256, …}")
+        if self.config is not None:
+            _check_config(self.config)
         return self
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Refuse what the architecture's config does not know: transformers takes any key and makes nothing of it."""
+    kind = config["model_type"]
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"config.model_type: transformers knows no {kind!r}{nearest(str(kind), CONFIG_MAPPING)}")
+    default = CONFIG_MAPPING[kind]()
+    known = {*default.to_dict(), *default.attribute_map, *inspect.signature(type(default).__init__).parameters, *_OLDER}
+    for key in config:
+        if key not in known:
+            raise ValueError(f"config: unknown key {key!r}{nearest(key, known - _OLDER)}")
 
 
 class LoraSection(Section):
@@ -102,7 +123,7 @@ class DoctorSection(Section):
 class Recipe(Section):
     """One training run."""
 
-    name: str = Field(pattern=r"^[\w.+-]+$")
+    name: str = Field(pattern=r"^[\w+-][\w.+-]*$")
     """Names the run's directory."""
 
     model: ModelSection
@@ -131,6 +152,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
+        if self.memory is None and self.memory_learning_rate is not None:
+            raise ValueError("memory_learning_rate is set but there is no memory; take it out")
         if self.memory is None and self.mode != "all":
             raise ValueError(f"mode is {self.mode!r} but there is no memory; without one use mode: all")
         if (self.mode == "memory+lora") != (self.lora is not None):
@@ -145,8 +168,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         RecipeError: The file is missing or no YAML mapping, or a key or value is wrong; names the key and, for an
-            unknown one, its nearest neighbour.
+            unknown one, its nearest neighbour. Or it is a recipe of another kind.
     """
+    refuse_other_kinds(path, "text")
     return read_recipe(Recipe, path, overrides)
 
 

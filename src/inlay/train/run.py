@@ -23,9 +23,10 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from inlay.data import Data, PackingStatistics, PretrainedTokenizer, RecallConfig, TextConfig, load_data
+from inlay.data import Data, PackedStream, PackingStatistics, PretrainedTokenizer, RecallConfig, TextConfig, load_data
 from inlay.doctor.attribution import attribute_gradients
 from inlay.fastweight import Memory, attach, attach_pretrained
 from inlay.train.directory import (
@@ -35,11 +36,12 @@ from inlay.train.directory import (
     RunError,
     begin_run,
     refuse_another_run,
+    require_finished,
     run_trainer,
     training_arguments,
 )
 from inlay.train.monitor import MemoryMonitor, monitor_on
-from inlay.train.recipe import Recipe, RecipeError, load_recipe
+from inlay.train.recipe import ModelSection, Recipe, RecipeError, load_recipe
 from inlay.train.trainer import InlayTrainer
 from inlay.train.weights import ADAPTER, MEMORY, MODEL, save_base
 
@@ -94,6 +96,8 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, console: Con
         console = Console(quiet=True)
     set_seed(recipe.seed)
     data = load_data(recipe.data)
+    if isinstance(data.train, PackedStream) and arguments.max_steps <= 0:
+        raise RecipeError("a streamed data set has no length: say how many steps, trainer.max_steps")
     model = build_model(recipe, data.vocab_size)
     memory = _attach(model, recipe)
     _refuse_unreadable(recipe, data, memory)
@@ -128,44 +132,74 @@ def build_model(recipe: Recipe, vocab_size: int) -> PreTrainedModel | PeftModel:
         RecipeError: The architecture is unknown or its vocabulary is smaller than the data's.
     """
     section = recipe.model
-    options: dict[str, Any] = (
-        {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
-    )
     if section.name_or_path is not None:
-        model = AutoModelForCausalLM.from_pretrained(section.name_or_path, dtype=section.dtype, **options)
+        model = _pretrained(section.name_or_path, section)
+        fix = "the tokenizer is another model's: take its own (data.tokenizer)"
     else:
         assert section.config is not None
-        fields = {"vocab_size": vocab_size, **section.config}
-        try:
-            config = AutoConfig.for_model(**fields)
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"model.config: {error}") from error
         dtype = torch.float32 if section.dtype == "auto" else getattr(torch, section.dtype)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        try:  # sizes that do not go together end in errors of many kinds
+            config = AutoConfig.for_model(**{"vocab_size": vocab_size, **section.config})
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention(section))
+        except Exception as error:
+            raise RecipeError(f"model: cannot be built: {error}") from error
+        fix = "set model.config.vocab_size, or leave it out"
     size = model.get_input_embeddings().num_embeddings
     if size < vocab_size:
-        raise RecipeError(f"the model knows {size} tokens but the data has {vocab_size}; set model.config.vocab_size")
+        raise RecipeError(f"the model knows {size} tokens but the data has {vocab_size}: {fix}")
+    _refuse_too_few_positions(model, recipe.data.sequence_length)
     if recipe.lora is not None:
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump()))
+        try:
+            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump()))
+        except ValueError as error:
+            raise RecipeError(f"lora: {error}") from error
     return model
 
 
-def load_run(directory: Path, *, device: str | torch.device | None = None) -> Run:
+def _attention(section: ModelSection) -> dict[str, Any]:
+    return {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
+
+
+def _pretrained(place: str | Path, section: ModelSection) -> PreTrainedModel:
+    """The model that lies in ``place``.
+
+    Raises:
+        RecipeError: It cannot be loaded.
+    """
+    try:  # a missing or damaged folder, no network, a gated repository, an unknown attention: of many kinds
+        return AutoModelForCausalLM.from_pretrained(place, dtype=section.dtype, **_attention(section))
+    except Exception as error:
+        raise RecipeError(
+            f"cannot load the model {place}: {error}\nmodel.name_or_path is a hub id, or a folder that save_pretrained "
+            "wrote"
+        ) from error
+
+
+def _refuse_too_few_positions(model: PreTrainedModel, sequence_length: int) -> None:
+    """Learned positions end; rotary ones may be exceeded."""
+    for name, module in model.named_modules():
+        learned = isinstance(module, nn.Embedding) and ("wpe" in name or "position" in name)
+        if learned and module.num_embeddings < sequence_length:
+            raise RecipeError(
+                f"the model has {module.num_embeddings} positions ({name}) and sequences have {sequence_length} "
+                "tokens; set data.sequence_length"
+            )
+
+
+def load_run(directory: str | Path, *, device: str | torch.device | None = None) -> Run:
     """Load a finished run.
 
     Raises:
         RunError: ``directory`` is no run, or one that has not finished.
     """
-    if not (directory / RECIPE).is_file():
-        raise RunError(f"{directory} is no run: it has no {RECIPE}")
+    directory = Path(directory)
+    require_finished(directory)
     recipe = load_recipe(directory / RECIPE)
-    if not (directory / DONE).is_file():
-        raise RunError(
-            f"the run in {directory} has not finished; go on with: inlay train {directory / RECIPE} --resume"
-        )
     own = (directory / MODEL).is_dir()
-    model = AutoModelForCausalLM.from_pretrained(
-        directory / MODEL if own else recipe.model.name_or_path, dtype=recipe.model.dtype
+    if not own and recipe.model.name_or_path is None:
+        raise RunError(f"{directory} has lost its {MODEL}/, without which it cannot be loaded; train it again")
+    model: PreTrainedModel | PeftModel = _pretrained(
+        directory / MODEL if own else str(recipe.model.name_or_path), recipe.model
     )
     if (directory / ADAPTER).is_dir():
         model = PeftModel.from_pretrained(model, str(directory / ADAPTER))
@@ -182,11 +216,12 @@ def _attach(model: PreTrainedModel | PeftModel, recipe: Recipe) -> Memory | None
 
 def _refuse_unreadable(recipe: Recipe, data: Data, memory: Memory | None) -> None:
     statistics = data.statistics.train
-    if memory is None or statistics is None:
+    if memory is None:
         return
-    carry = memory.config.boundary == "carry"
-    longest = statistics.sequence_length if carry else int(statistics.piece_tokens.max())
-    memory.check_lengths([longest])
+    if statistics is None or memory.config.boundary == "carry":  # a stream is not counted beforehand
+        memory.check_lengths([recipe.data.sequence_length])
+    else:
+        memory.check_lengths([int(statistics.piece_tokens.max())])
 
 
 def _monitor(
@@ -226,7 +261,7 @@ def _counts(split: PackingStatistics | None, recipe: Recipe) -> dict[str, str]:
         "padding": f"{split.padding_share:.1%}",
     }
     if recipe.memory is not None:
-        memory = split.memory(recipe.memory.chunk_size)
+        memory = split.memory(recipe.memory.chunk_size, recipe.memory.boundary)
         counts |= {
             f"chunks of {recipe.memory.chunk_size}": f"{memory.chunks:,}",
             "pieces of one chunk (never read)": f"{memory.single_chunk_pieces:,}",

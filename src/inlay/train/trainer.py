@@ -98,6 +98,9 @@ class InlayTrainer(Trainer):
             return
         load_weights(self.model, self.memory, Path(resume_from_checkpoint))
 
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
 
 class FiniteMemory(TrainerCallback):
     """Stops the run when the memory holds or gives NaN, naming layer and step."""

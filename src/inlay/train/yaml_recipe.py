@@ -32,6 +32,9 @@ _OWNED = {
 }
 
 
+_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+
+
 class RecipeError(InlayError, ValueError):
     """A recipe that cannot be run; the message names file, key and fix."""
 
@@ -50,13 +53,21 @@ def check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: Names the key, and what is meant or to be used in its place.
     """
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    for key in arguments:
+    known = {field.name: field.default for field in dataclasses.fields(TrainingArguments) if field.init}
+    for key, value in arguments.items():
         if key in _OWNED:
             raise ValueError(f"{key!r} is set by the run: {_OWNED[key]}")
         if key not in known:
-            raise ValueError(f"unknown key {key!r}{_nearest(key, known)}")
+            raise ValueError(f"unknown key {key!r}{nearest(key, known)}")
+        if _is_number(known[key]) and not _is_number(value):
+            raise ValueError(f"{key} takes a number; got {value!r}")
+        if key in _COUNTS and value < 1:
+            raise ValueError(f"{key} is at least 1; got {value!r}")
     return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in arguments.items()}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R:
@@ -70,16 +81,17 @@ def read_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
+        hint = f"; it is a folder, a run's recipe is {path / 'recipe.yaml'}" if path.is_dir() else ""
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}{hint}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"{where}: not YAML: {getattr(error, 'problem', error)}") from error
+        raise RecipeError(f"{where}: no valid YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections; this file holds a {type(raw).__name__}")
-    raw.setdefault("name", path.stem)
+    raw.setdefault("name", re.sub(r"[^\w.+-]+", "-", path.stem))
     for override in overrides:
         _override(raw, override)
     return check_recipe(kind, raw, str(path))
@@ -100,7 +112,16 @@ def dump_recipe(recipe: BaseModel) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads ``1e-3`` as a number, which YAML 1.1 does only with a point and a sign."""
+    """Reads ``1e-3`` as a number, which YAML 1.1 does only with a point and a sign; refuses a key that comes twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, each of whose keys stands there once."""
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} comes twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -130,16 +151,17 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 def _explain(kind: type[BaseModel], problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
-    where = ".".join(location)
+    where = ".".join(_without_tags(kind, location))
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(location[-1], _fields_at(kind, location[:-1]))}"
+        return f"{where}: unknown key{nearest(location[-1], _fields_at(kind, location[:-1]))}"
     if problem["type"] == "missing":
         return f"{where}: is missing"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
+def nearest(key: str, known: Iterable[str]) -> str:
+    """``; did you mean …?`` of the known key that is most like ``key``, or a list of them if none is."""
     known = sorted(known)
     match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else f"; known are {', '.join(known)}"
@@ -156,6 +178,15 @@ def _fields_at(kind: type[BaseModel], location: Sequence[str]) -> set[str]:
         tagged = [m for m in models if any(_is_tag(f.annotation, step) for f in m.model_fields.values())]
         models = inner or tagged or (models if step.isdecimal() else [])
     return {name for model in models for name in model.model_fields}
+
+
+def _without_tags(kind: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """A place as a recipe writes it: without the tags by which unions chose a member."""
+    return [
+        step
+        for depth, step in enumerate(location)
+        if depth == len(location) - 1 or step.isdecimal() or step in _fields_at(kind, location[:depth])
+    ]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

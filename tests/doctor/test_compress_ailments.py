@@ -106,11 +106,11 @@ def test_a_decoder_that_was_trained_is_taken_from_the_cache(tmp_path: Path, monk
 
 
 def test_recipes_of_every_kind_are_told_apart() -> None:
-    kinds = {name: recipe_kind(RECIPES / f"{name}.yaml") for name in ("facts", "terse", "recall", "stdlib", "moshi")}
-    assert kinds == {"facts": "compress", "terse": "compress", "recall": "text", "stdlib": "text", "moshi": "moshi"}
+    kinds = {"facts": "compress", "terse": "compress", "recall": "text", "stdlib": "text", "moshi": "moshi"}
+    kinds |= {"memories": "memories", "missing": None}
+    assert {name: recipe_kind(RECIPES / f"{name}.yaml") for name in kinds} == kinds
     assert {recipe_kind(path) for path in (RECIPES / "ailments").glob("soft_*.yaml")} == {"compress"}
     assert recipe_kind(RECIPES / "ailments" / "clipped.yaml") == "text"
-    assert recipe_kind(RECIPES / "missing.yaml") is None
 
 
 def test_the_command_takes_a_recipe_of_soft_tokens_and_terminal_html_and_json_tell_the_same(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ RecipeKind = Literal["text", "compress", "moshi", "memories"]
 
 _OWN: dict[RecipeKind, set[str]] = {
     "moshi": {"moshi_paths"},
-    "compress": {"decoder", "compressor", "layout", "objectives", "pretraining"},
     "memories": {"fast_weights", "soft_tokens", "tasks"},
+    "compress": {"decoder", "compressor", "layout", "objectives", "pretraining"},
     "text": {"model"},
 }
-"""Sections that recipes of one kind have and the others have not."""
+"""Sections that recipes of a kind have and those further down have not."""
 
 _NAMES: dict[RecipeKind, tuple[str, str]] = {
     "moshi": ("Moshi", "inlay train, evaluate, doctor, moshi run"),

@@ -228,6 +228,3 @@ class CompressTrainer(LossPartsTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.load_trained(Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        self.model.load_trained(Path(self.state.best_model_checkpoint))

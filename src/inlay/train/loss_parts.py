@@ -19,7 +19,11 @@ class TrainingError(InlayError, RuntimeError):
 
 
 class LossTrainer(Trainer):
-    """A ``Trainer`` whose evaluation is the loss and nothing else: its models give no logits to gather."""
+    """A ``Trainer`` whose evaluation is the loss and nothing else: its models give no logits to gather. What its
+    checkpoints hold is loaded by ``_load_from_checkpoint`` alone."""
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def prediction_step(
         self,

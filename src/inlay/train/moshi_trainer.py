@@ -88,9 +88,6 @@ class MoshiTrainer(LossPartsTrainer, InlayTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self._task.lm, Path(resume_from_checkpoint) / FINETUNED)
 
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
     @property
     def _task(self) -> MoshiForTraining:
         task = self.accelerator.unwrap_model(self.model)

@@ -184,9 +184,6 @@ class ReadingTrainer(LossTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.model.decoder, self.model.memory, Path(resume_from_checkpoint))
 
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
 
 @dataclass(frozen=True)
 class ReadingRun:

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM
 
 from inlay.data import QAConfig, QAExample, load_qa
 from inlay.evaluate.compress_measuring import cache_bytes_per_slot
@@ -51,6 +50,7 @@ from inlay.train.compress_recipe import CompressRecipe, load_compress_recipe
 from inlay.train.directory import DONE, RECIPE, refuse_another_run
 from inlay.train.kinds import refuse_other_kinds
 from inlay.train.memories_recipe import MemoriesRecipe
+from inlay.train.pretrained import load_causal_lm
 from inlay.train.reading import ReadingRecipe, ReadingRun, load_reading_run, no_slots, train_reading
 from inlay.train.report import training_curve
 from inlay.train.yaml_recipe import dump_recipe, read_recipe
@@ -188,7 +188,7 @@ def _measure(
     progress: ShowProgress | None,
 ) -> TaskScores:
     layout, device = reading.task.layout, device_of(reading.task)
-    plain: Any = AutoModelForCausalLM.from_pretrained(decoder, dtype=recipe.lm.dtype).to(device).eval()
+    plain: Any = load_causal_lm(decoder, recipe.lm, "lm").to(device).eval()
     lm = reading.task.lm
     slots = soft.recipe.compressor.slots
     fast = from_session(lm, layout, lambda contexts: _session(reading, contexts), lambda rows: no_slots(lm, rows))

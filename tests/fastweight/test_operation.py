@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -250,9 +252,13 @@ def test_on_cuda_it_equals_the_reference(dtype: torch.dtype) -> None:
         ({"exposure": 1.5}, r"exposure must lie in \[0, 1\]"),
         ({"documents": torch.zeros(2, 3)}, r"documents must be \[B, T\]"),
         ({"state": FastWeightState.empty(2, D, F, 5)}, "the state is of another memory"),
+        ({"z": torch.zeros(2, 29, F)}, r"z must be \[B, T, F\] and v \[B, T, D\] of the same B and T"),
+        ({"weight": torch.zeros(F, D)}, r"weight must be \[D, F\]"),
+        ({"weight": torch.zeros(D, F, dtype=torch.bfloat16)}, "z and weight must have one dtype outside autocast"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
+@pytest.mark.parametrize("form", [fast_weight_linear, fast_weight_linear_reference])
+def test_what_does_not_fit_is_refused(form: Callable[..., Any], change: dict, message: str) -> None:
     z, v, weight = operands(30, torch.float32)
     with pytest.raises(ValueError, match=message):
-        fast_weight_linear(z, v, weight, **{"eta": 0.1, "chunk_size": 7, **change})
+        form(**{"z": z, "v": v, "weight": weight, "eta": 0.1, "chunk_size": 7, **change})

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from inlay.data import DataError, FactsConfig, FactsDataset, QAExample, facts_tokenizer, load_qa
+from inlay.data import FactsConfig, FactsDataset, QAExample, facts_tokenizer, load_qa
 from inlay.softtoken.compressors import CompressorError
 from inlay.softtoken.errors import LayoutError
 from inlay.train.compress import (
@@ -31,6 +31,7 @@ from inlay.train.compress_recipe import CompressRecipe, parse_compress_recipe
 from inlay.train.compress_report import objective_curves, write_compress_report
 from inlay.train.directory import RunError
 from inlay.train.trainer import read_metrics
+from inlay.train.yaml_recipe import RecipeError
 
 DATA = {"source": "facts", "facts": 2, "questions": 2, "tails": 10, "nouns": 24, "adjectives": 6, "eval_examples": 8}
 DECODER = {
@@ -465,7 +466,7 @@ def test_every_kind_and_form_trains_on_every_objective(tmp_path: Path, decoder: 
 
 
 def test_a_decoder_that_cannot_be_loaded_is_named_with_what_it_may_be(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot load the decoder .*nowhere(.|\n)*decoder\.name_or_path is a folder"):
+    with pytest.raises(RecipeError, match=r"cannot load the decoder .*nowhere(.|\n)*decoder\.name_or_path is a hub id"):
         train_compressor(recipe(tmp_path / "nowhere"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

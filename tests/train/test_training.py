@@ -315,6 +315,8 @@ def test_resumed_at_its_last_step_a_run_takes_no_other(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path / "run").items())
     with pytest.raises(RunError, match="checkpoint-6 is beyond max_steps: 3"):
         train(recipe(trainer=steps | {"max_steps": 3}), tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "finished").is_file()
+    assert load_run(tmp_path / "run").recipe.trainer["max_steps"] == 6
 
 
 def test_resumed_at_its_last_epoch_a_run_takes_no_other(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def load_tokenizer(
         DataError: the tokenizer cannot be loaded, or there is no document to learn from.
     """
     if isinstance(config, PretrainedTokenizer):
-        return _load_pretrained(config.name_or_path)
+        return load_pretrained_tokenizer(config.name_or_path)
     if isinstance(config, ByteTokenizer):
         return _wrap(_byte_level(tokenizers.models.BPE(_byte_vocabulary(), [])))
     texts = [document.text for document in islice(documents, config.max_documents)]
@@ -60,7 +60,7 @@ def load_tokenizer(
     folder = Path(cache_dir or default_cache_dir()) / "tokenizers" / _fingerprint(config, texts)
     if not folder.is_dir():
         _save_atomically(_train_bpe(config, texts), folder)
-    return _load_pretrained(str(folder))
+    return load_pretrained_tokenizer(folder)
 
 
 def default_cache_dir() -> Path:
@@ -106,7 +106,12 @@ def padding_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return 0
 
 
-def _load_pretrained(name_or_path: str) -> PreTrainedTokenizerFast:
+def load_pretrained_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that lies in a folder or on the hub.
+
+    Raises:
+        DataError: It cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     try:

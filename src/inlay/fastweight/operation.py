@@ -48,9 +48,9 @@ def fast_weight_linear(
         Both are differentiable, through the state's sum too.
 
     Raises:
-        ValueError: Shapes, ``chunk_size``, ``exposure`` or the state do not fit together.
+        ValueError: Shapes, dtypes, ``chunk_size``, ``exposure`` or the state do not fit together.
     """
-    _check(z, v, weight, chunk_size, exposure, documents, state)
+    check_operands(z, v, weight, chunk_size, exposure, documents, state)
     layout = chunk_layout(z.shape[0], z.shape[1], chunk_size, documents=documents, state=state, device=z.device)
     v = v.to(z.dtype)
     initial = None if state is None else state.sum
@@ -69,7 +69,7 @@ def fast_weight_linear(
     return out, after
 
 
-def _check(
+def check_operands(
     z: Tensor,
     v: Tensor,
     weight: Tensor,
@@ -78,10 +78,17 @@ def _check(
     documents: Tensor | None,
     state: FastWeightState | None,
 ) -> None:
+    """Make sure that the arguments of a fast-weight linear fit together.
+
+    Raises:
+        ValueError: They do not; names what does not.
+    """
     if z.dim() != 3 or v.dim() != 3 or z.shape[:2] != v.shape[:2]:
         raise ValueError(f"z must be [B, T, F] and v [B, T, D] of the same B and T; got {[*z.shape]} and {[*v.shape]}")
     if tuple(weight.shape) != (v.shape[-1], z.shape[-1]):
         raise ValueError(f"weight must be [D, F] = {[v.shape[-1], z.shape[-1]]}; got {[*weight.shape]}")
+    if z.dtype != weight.dtype and not torch.is_autocast_enabled(z.device.type):
+        raise ValueError(f"z and weight must have one dtype outside autocast; got {z.dtype} and {weight.dtype}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
     if not 0.0 <= exposure <= 1.0:

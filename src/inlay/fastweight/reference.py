@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from inlay.fastweight.operation import check_operands
 from inlay.fastweight.state import FastWeightState
 
 
@@ -32,6 +33,7 @@ def fast_weight_linear_reference(
 
     Same arguments, results and errors as :func:`inlay.fastweight.fast_weight_linear`. Gradients come from autograd.
     """
+    check_operands(z, v, weight, chunk_size, exposure, documents, state)
     batch, tokens, inner = z.shape
     width = v.shape[-1]
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32

@@ -33,11 +33,11 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, set_seed
+from transformers import DynamicCache, PreTrainedModel, set_seed
 
 from inlay.data import FactsConfig, QAExample, facts_tokenizer
 from inlay.data.facts import facts_context
-from inlay.data.tokenizer import default_cache_dir
+from inlay.data.tokenizer import default_cache_dir, load_pretrained_tokenizer
 from inlay.evaluate.squad import exact_match
 from inlay.softtoken.batches import NO_LABEL
 from inlay.softtoken.objectives import predictions
@@ -46,6 +46,7 @@ from inlay.softtoken.prompting import BoundLayout
 from inlay.softtoken.tokens import SoftTokens, embed_text
 from inlay.train.compress_recipe import BaseSection, CompressRecipe
 from inlay.train.muon import MuonAdamW, split_matrices
+from inlay.train.pretrained import load_causal_lm, untrained_causal_lm
 from inlay.train.yaml_recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -244,14 +245,8 @@ def untrained_lm(recipe: CompressRecipe, tokenizer: PreTrainedTokenizerFast) -> 
         RecipeError: The architecture is unknown, or its vocabulary too small for the tokenizer.
     """
     section = recipe.decoder
-    assert section.config is not None
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    options = {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
-    try:
-        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **section.config})
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"decoder.config: {error}") from error
+    model = untrained_causal_lm(section, "decoder", dtype=torch.float32, vocab_size=len(tokenizer), **special)
     if model.get_input_embeddings().num_embeddings < len(tokenizer):
         raise RecipeError(f"decoder.config.vocab_size must be at least {len(tokenizer)}, the words of the facts")
     cuda = torch.cuda.is_available() and not recipe.trainer.get("use_cpu")
@@ -283,12 +278,7 @@ def _folder(recipe: CompressRecipe, cache_dir: Path | None) -> Path:
 
 
 def _load(recipe: CompressRecipe, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    from transformers import AutoTokenizer
-
-    section = recipe.decoder
-    options = {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=section.dtype, **options)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    return load_causal_lm(folder, recipe.decoder, "decoder").eval(), load_pretrained_tokenizer(folder)
 
 
 def _save_atomically(

@@ -25,13 +25,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
-from inlay.data import DataError, FactsDataset, QAData, load_qa
+from inlay.data import FactsDataset, QAData, load_qa
+from inlay.data.tokenizer import load_pretrained_tokenizer
 from inlay.fastweight import InlayError
 from inlay.softtoken.compressors import Compressor, build_compressor, load_compressor
 from inlay.softtoken.objectives import Objective
@@ -53,11 +53,13 @@ from inlay.train.directory import (
     TOKENIZER,
     begin_run,
     refuse_another_run,
+    refuse_fewer_steps,
     require_finished,
     run_trainer,
     training_arguments,
 )
 from inlay.train.loss_parts import TrainingError
+from inlay.train.pretrained import load_causal_lm, with_lora
 from inlay.train.weights import MODEL
 from inlay.train.yaml_recipe import RecipeError
 
@@ -133,8 +135,11 @@ def train_compressor(
     """
     console = console or Console(quiet=True)
     refuse_another_run(directory, recipe, resume)
-    for stage in stages(recipe):
-        _arguments(recipe, stage, directory)  # what this machine cannot do (bf16: true) is told before anything is made
+    for stage in stages(recipe):  # what this machine cannot do (bf16: true) is told before anything is made
+        place = _place(stage, directory)
+        arguments = _arguments(recipe, stage, place)
+        if resume:
+            refuse_fewer_steps(place, arguments)
     data = load_qa(recipe.data)
     model, tokenizer = _decoder(recipe, directory, console)
     weights = model.state_dict()  # by the names they have without adapters
@@ -151,7 +156,7 @@ def train_compressor(
 
     metrics: dict[str, float] = {}
     for stage in stages(recipe):
-        place = directory / PRETRAINING if stage.name == PRETRAINING else directory
+        place = _place(stage, directory)
         if (place / DONE).is_file():
             task.load_trained(place)
             continue
@@ -177,11 +182,7 @@ def build_task(recipe: CompressRecipe, model: PreTrainedModel, tokenizer: PreTra
     if known < len(tokenizer):
         raise RecipeError(f"the decoder knows {known} tokens and its tokenizer has {len(tokenizer)}: they do not match")
     layout = recipe.layout.bind(tokenizer)
-    decoder: PreTrainedModel | PeftModel = model
-    if recipe.decoder_lora is not None:
-        transposed = any(isinstance(module, Conv1D) for module in model.modules())
-        config = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=transposed, **recipe.decoder_lora.model_dump())
-        decoder = get_peft_model(model, config)
+    decoder = with_lora(model, recipe.decoder_lora, "decoder_lora")
     return CompressionTask(recipe, decoder, build_compressor(recipe.compressor, decoder), layout)
 
 
@@ -225,27 +226,14 @@ def load_decoder(
         directory: Of the run; None where there is none yet.
 
     Raises:
-        DataError: Decoder or tokenizer cannot be loaded.
+        RecipeError: The decoder cannot be loaded.
+        DataError: Its tokenizer cannot.
     """
-    section = recipe.decoder
-    options = {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
     own = None if directory is None else directory / MODEL
     kept = None if directory is None else directory / TOKENIZER
-    place = own if own is not None and own.is_dir() else section.name_or_path
-    name = kept if kept is not None and kept.is_dir() else section.name_or_path
-    # A missing or damaged folder, no network, a gated repository: from_pretrained raises many kinds.
-    try:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=section.dtype, **options)
-    except Exception as error:
-        raise DataError(
-            f"cannot load the decoder {place}: {error}\n"
-            "decoder.name_or_path is a folder that save_pretrained wrote, or a hub id"
-        ) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        raise DataError(f"cannot load the tokenizer {name}: {error}") from error
-    return model, tokenizer
+    place = own if own is not None and own.is_dir() else str(recipe.decoder.name_or_path)
+    name = kept if kept is not None and kept.is_dir() else str(recipe.decoder.name_or_path)
+    return load_causal_lm(place, recipe.decoder, "decoder"), load_pretrained_tokenizer(name)
 
 
 def _try_one(task: CompressionTask, data: QAData, objectives: Mapping[str, Objective]) -> None:
@@ -274,6 +262,10 @@ def _try_one(task: CompressionTask, data: QAData, objectives: Mapping[str, Objec
                     task(**inputs, weights=stage.weights, objectives=objectives, ratio=ratio)
         except InlayError as error:
             raise type(error)(f"question {example.id}: {error}") from error
+
+
+def _place(stage: Stage, directory: Path) -> Path:
+    return directory / PRETRAINING if stage.name == PRETRAINING else directory
 
 
 def _train_stage(

@@ -60,6 +60,20 @@ def refuse_another_run(directory: Path, recipe: Section, resume: bool) -> None:
         )
 
 
+def refuse_fewer_steps(directory: Path, arguments: TrainingArguments) -> None:
+    """Make sure that no checkpoint in ``directory`` is beyond the steps that are asked for.
+
+    Raises:
+        RunError: One is.
+    """
+    for path, step in _checkpoints(directory).items():
+        if 0 < arguments.max_steps < step:
+            raise RunError(
+                f"{path} is beyond max_steps: {arguments.max_steps}; raise that, or remove the checkpoints that are "
+                "too late"
+            )
+
+
 def require_finished(directory: Path) -> None:
     """Make sure that ``directory`` is a run that was trained to its end.
 
@@ -109,9 +123,6 @@ def run_trainer(trainer: Trainer, directory: Path, *, resume: bool, console: Con
         resume: Go on from the last whole checkpoint in ``directory``; from the start if there is none.
         console: Is told what is resumed.
 
-    Raises:
-        RunError: The last checkpoint is beyond the steps that are asked for.
-
     Returns:
         The Trainer's closing metrics.
     """
@@ -125,7 +136,7 @@ def run_trainer(trainer: Trainer, directory: Path, *, resume: bool, console: Con
     last = _last_whole_checkpoint(directory, trainer.args, console) if resume else None
     if last is not None:
         state = TrainerState.load_from_json(str(last / _STATE))
-        if _is_over(state, trainer.args, last):
+        if _is_over(state, trainer.args):
             console.print(f"{last} is the end of the training")
             best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
             trainer._load_from_checkpoint(best or str(last))
@@ -141,10 +152,10 @@ def run_trainer(trainer: Trainer, directory: Path, *, resume: bool, console: Con
     return {key: float(value) for key, value in outcome.metrics.items()}
 
 
-def _checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints in a run's directory, whole or not, the latest first."""
+def _checkpoints(directory: Path) -> dict[Path, int]:
+    """The checkpoints in a run's directory, whole or not, and their steps, the latest first."""
     steps = {path: int(found[1]) for path in directory.glob("checkpoint-*") if (found := _STEP.fullmatch(path.name))}
-    return sorted(steps, key=lambda path: -steps[path])
+    return dict(sorted(steps.items(), key=lambda item: -item[1]))
 
 
 def _last_whole_checkpoint(directory: Path, arguments: TrainingArguments, console: Console) -> Path | None:
@@ -171,17 +182,8 @@ def _fault(checkpoint: Path, arguments: TrainingArguments) -> str | None:
     return None
 
 
-def _is_over(state: TrainerState, arguments: TrainingArguments, checkpoint: Path) -> bool:
-    """Whether a checkpoint is of the last step: the Trainer would take one more.
-
-    Raises:
-        RunError: It is of a later one.
-    """
+def _is_over(state: TrainerState, arguments: TrainingArguments) -> bool:
+    """Whether a checkpoint is of the last step: the Trainer would take one more."""
     if arguments.max_steps <= 0:
         return state.epoch is not None and state.epoch >= arguments.num_train_epochs
-    if state.global_step > arguments.max_steps:
-        raise RunError(
-            f"{checkpoint} is beyond max_steps: {arguments.max_steps}; raise that, or remove the checkpoints that are "
-            "too late"
-        )
-    return state.global_step == arguments.max_steps
+    return state.global_step >= arguments.max_steps

@@ -38,6 +38,7 @@ from inlay.train.directory import (
     RECIPE,
     begin_run,
     refuse_another_run,
+    refuse_fewer_steps,
     require_finished,
     run_trainer,
     training_arguments,
@@ -99,6 +100,8 @@ def train_moshi(
     console = console or Console(quiet=True)
     refuse_another_run(directory, recipe, resume)
     arguments = training_arguments(directory, recipe.seed, recipe.trainer_arguments())
+    if resume:
+        refuse_fewer_steps(directory, arguments)
     processes = PartialState()
     if not processes.is_main_process:
         console = Console(quiet=True)

@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from pydantic import Field, field_validator
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel, set_seed
 
 from inlay.data import QAConfig, load_qa
+from inlay.data.tokenizer import load_pretrained_tokenizer
 from inlay.fastweight import FastWeightConfig, Memory, Session, attach, attach_pretrained
 from inlay.softtoken.layout import PromptLayout
 from inlay.softtoken.objectives import read
@@ -38,9 +38,19 @@ from inlay.softtoken.prompting import BoundLayout
 from inlay.softtoken.tokens import SoftTokens
 from inlay.train.compress_data import ByContext, ContextCollator
 from inlay.train.compress_recipe import check_compress_trainer
-from inlay.train.directory import DONE, RECIPE, RunError, begin_run, refuse_another_run, run_trainer, training_arguments
+from inlay.train.directory import (
+    DONE,
+    RECIPE,
+    RunError,
+    begin_run,
+    refuse_another_run,
+    refuse_fewer_steps,
+    run_trainer,
+    training_arguments,
+)
 from inlay.train.loss_parts import LossTrainer
-from inlay.train.recipe import LoraSection
+from inlay.train.pretrained import load_causal_lm, with_lora
+from inlay.train.recipe import LoraSection, ModelSection
 from inlay.train.trainer import FiniteMemory
 from inlay.train.weights import ADAPTER, MEMORY, load_weights, save_weights
 from inlay.train.yaml_recipe import Section, read_recipe
@@ -223,6 +233,9 @@ def train_reading(
     """
     console = console or Console(quiet=True)
     refuse_another_run(directory, recipe, resume)
+    arguments = training_arguments(directory, recipe.seed, recipe.trainer)
+    if resume:
+        refuse_fewer_steps(directory, arguments)
     set_seed(recipe.seed)
     task = _build(recipe)
     data = load_qa(recipe.data)
@@ -230,7 +243,7 @@ def train_reading(
     begin_run(directory, recipe)
     trainer = ReadingTrainer(
         model=task,
-        args=training_arguments(directory, recipe.seed, recipe.trainer),
+        args=arguments,
         train_dataset=ByContext(data.train, recipe.questions_per_context),
         eval_dataset=ByContext(data.eval, recipe.questions_per_context),
         data_collator=ContextCollator(task.layout, recipe.context_tokens),
@@ -251,9 +264,10 @@ def load_reading_run(directory: Path, *, device: str | torch.device | None = Non
     if not (directory / DONE).is_file():
         raise RunError(f"{directory} holds no finished run; train it to the end first")
     recipe = read_recipe(ReadingRecipe, directory / RECIPE)
-    decoder, tokenizer = _load_decoder(recipe)
+    base, tokenizer = _load_decoder(recipe)
+    decoder: PreTrainedModel | PeftModel = base
     if (directory / ADAPTER).is_dir():
-        decoder = PeftModel.from_pretrained(decoder, str(directory / ADAPTER), is_trainable=True)
+        decoder = PeftModel.from_pretrained(base, str(directory / ADAPTER), is_trainable=True)
     memory = attach_pretrained(decoder, directory / MEMORY)
     memory.train_only("memory+lora" if recipe.lora is not None else "memory")
     decoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
@@ -267,15 +281,12 @@ def count_trained(task: nn.Module) -> int:
 
 
 def _build(recipe: ReadingRecipe) -> ReadingTask:
-    decoder, tokenizer = _load_decoder(recipe)
-    if recipe.lora is not None:
-        transposed = any(isinstance(module, Conv1D) for module in decoder.modules())
-        config = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=transposed, **recipe.lora.model_dump())
-        decoder = get_peft_model(decoder, config)
+    base, tokenizer = _load_decoder(recipe)
+    decoder = with_lora(base, recipe.lora)
     memory = attach(decoder, recipe.memory).train_only("memory" if recipe.lora is None else "memory+lora")
     return ReadingTask(decoder, memory, recipe.layout.bind(tokenizer))
 
 
-def _load_decoder(recipe: ReadingRecipe) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerFast]:
-    decoder = AutoModelForCausalLM.from_pretrained(recipe.decoder, dtype="float32")
-    return decoder, AutoTokenizer.from_pretrained(recipe.decoder)
+def _load_decoder(recipe: ReadingRecipe) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    model = load_causal_lm(recipe.decoder, ModelSection(name_or_path=recipe.decoder), "decoder")
+    return model, load_pretrained_tokenizer(recipe.decoder)

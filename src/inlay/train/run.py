@@ -16,15 +16,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from inlay.data import Data, PackedStream, PackingStatistics, PretrainedTokenizer, RecallConfig, TextConfig, load_data
 from inlay.doctor.attribution import attribute_gradients
@@ -36,12 +35,14 @@ from inlay.train.directory import (
     RunError,
     begin_run,
     refuse_another_run,
+    refuse_fewer_steps,
     require_finished,
     run_trainer,
     training_arguments,
 )
 from inlay.train.monitor import MemoryMonitor, monitor_on
-from inlay.train.recipe import ModelSection, Recipe, RecipeError, load_recipe
+from inlay.train.pretrained import load_causal_lm, untrained_causal_lm, with_lora
+from inlay.train.recipe import Recipe, RecipeError, load_recipe
 from inlay.train.trainer import InlayTrainer
 from inlay.train.weights import ADAPTER, MEMORY, MODEL, save_base
 
@@ -91,6 +92,8 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, console: Con
     console = console or Console(quiet=True)
     refuse_another_run(directory, recipe, resume)
     arguments = training_arguments(directory, recipe.seed, recipe.trainer)
+    if resume:
+        refuse_fewer_steps(directory, arguments)
     processes = PartialState()
     if not processes.is_main_process:
         console = Console(quiet=True)
@@ -133,46 +136,17 @@ def build_model(recipe: Recipe, vocab_size: int) -> PreTrainedModel | PeftModel:
     """
     section = recipe.model
     if section.name_or_path is not None:
-        model = _pretrained(section.name_or_path, section)
+        model = load_causal_lm(section.name_or_path, section)
         fix = "the tokenizer is another model's: take its own (data.tokenizer)"
     else:
-        assert section.config is not None
         dtype = torch.float32 if section.dtype == "auto" else getattr(torch, section.dtype)
-        try:  # sizes that do not go together end in errors of many kinds
-            config = AutoConfig.for_model(**{"vocab_size": vocab_size, **section.config})
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention(section))
-        except Exception as error:
-            raise RecipeError(f"model: cannot be built: {error}") from error
+        model = untrained_causal_lm(section, dtype=dtype, vocab_size=vocab_size)
         fix = "set model.config.vocab_size, or leave it out"
     size = model.get_input_embeddings().num_embeddings
     if size < vocab_size:
         raise RecipeError(f"the model knows {size} tokens but the data has {vocab_size}: {fix}")
     _refuse_too_few_positions(model, recipe.data.sequence_length)
-    if recipe.lora is not None:
-        try:
-            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump()))
-        except ValueError as error:
-            raise RecipeError(f"lora: {error}") from error
-    return model
-
-
-def _attention(section: ModelSection) -> dict[str, Any]:
-    return {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
-
-
-def _pretrained(place: str | Path, section: ModelSection) -> PreTrainedModel:
-    """The model that lies in ``place``.
-
-    Raises:
-        RecipeError: It cannot be loaded.
-    """
-    try:  # a missing or damaged folder, no network, a gated repository, an unknown attention: of many kinds
-        return AutoModelForCausalLM.from_pretrained(place, dtype=section.dtype, **_attention(section))
-    except Exception as error:
-        raise RecipeError(
-            f"cannot load the model {place}: {error}\nmodel.name_or_path is a hub id, or a folder that save_pretrained "
-            "wrote"
-        ) from error
+    return with_lora(model, recipe.lora)
 
 
 def _refuse_too_few_positions(model: PreTrainedModel, sequence_length: int) -> None:
@@ -198,7 +172,7 @@ def load_run(directory: str | Path, *, device: str | torch.device | None = None)
     own = (directory / MODEL).is_dir()
     if not own and recipe.model.name_or_path is None:
         raise RunError(f"{directory} has lost its {MODEL}/, without which it cannot be loaded; train it again")
-    model: PreTrainedModel | PeftModel = _pretrained(
+    model: PreTrainedModel | PeftModel = load_causal_lm(
         directory / MODEL if own else str(recipe.model.name_or_path), recipe.model
     )
     if (directory / ADAPTER).is_dir():

@@ -160,9 +160,9 @@ class CodesStore:
         path = self.directory / stored.shard
         try:
             with safe_open(path, framework="np") as shard:
-                part: np.ndarray = shard.get_slice(f"{stored.key}.{name}")[
-                    ..., start : stored.frames if stop is None else stop
-                ]
+                tensor = shard.get_slice(f"{stored.key}.{name}")
+                whole = [slice(None)] * (len(tensor.get_shape()) - 1)
+                part: np.ndarray = tensor[(*whole, slice(start, stored.frames if stop is None else stop))]
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path} cannot be read ({error}); delete it and run `inlay moshi encode` again") from None
         return part

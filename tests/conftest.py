@@ -1,4 +1,4 @@
-"""How every test runs: one torch thread a process, property tests without a clock, little garbage to look through."""
+"""How every test runs: one torch thread a process, no hub, property tests without a clock, little garbage."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 
 import torch
 from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # or it is asked, again and again, for what a test says does not exist
 
 # Bit-equality is asked of forwards that route other tokens to an expert, whose products then have other shapes; with
 # several threads the BLAS library splits those differently and rounds differently, in the base model too. And two

@@ -480,6 +480,11 @@ def test_steps_of_unequal_size_do_not_decide_the_cause() -> None:
     assert found(usual) == {"gradient.weak": Severity.WARNING}
     assert usual.remedy is trial(usual, "boundary", "carry")
     assert "dominant cause is boundary: with carry it is 2.25 times as large" in usual.sentence
+    carried = attribution_of(batch=batch, eta=3e-4, init={"normal": 0.02}, boundary="carry")
+    assert carried.remedy is None
+    assert carried.sentence.endswith(
+        "nothing that was tried but a larger init or η, to which it is in proportion, makes it more than twice as large"
+    )
     tiny = attribution_of(batch=batch, eta=3e-6, init={"normal": 0.05})
     assert tiny.remedy is trial(tiny, "η", "×10")
     assert "dominant cause is η, which it is in proportion to and which is 100 times below the usual" in tiny.sentence

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from inlay.doctor.findings import Finding, Severity
 from inlay.doctor.gradients import GradientNorms
-from inlay.doctor.trials import BOUNDARY, CLIP, SEQUENCE, Trial, ratio, times
+from inlay.doctor.trials import BOUNDARY, CLIP, ETA, INIT, SEQUENCE, Trial, ratio, times
 from inlay.fastweight import FastWeightConfig
 from inlay.report.numbers import short
 
@@ -127,15 +127,17 @@ def judge(
         starved = "weak", Severity.WARNING, f"the memory's gradient is weak: {size_of(own)}"
     if starved is not None:
         what, severity, says = starved
-        why, fix = _why(own, cause)
+        why, fix = _why(own, cause, trials)
         found.append(Finding(f"gradient.{what}", severity, f"{says}; {why}", fix))
     return sorted(found, key=lambda finding: -finding.severity)
 
 
-def _why(own: GradientNorms, cause: Trial | None) -> tuple[str, str]:
+def _why(own: GradientNorms, cause: Trial | None, trials: Sequence[Trial]) -> tuple[str, str]:
     """The dominant cause of a gradient that is too small, and the fix."""
     if cause is None:
-        return f"no remedy that was tried makes it more than {times(RAISES)} as large", ""
+        raising = {trial.factor for trial in trials if trial.factor in (ETA, INIT) and (trial.ratio or 0) > RAISES}
+        beyond = f" but a larger {' or '.join(sorted(raising))}, to which it is in proportion," if raising else ""
+        return f"nothing that was tried{beyond} makes it more than twice as large", ""
     if cause.shortfall is not None:
         below = f"{times(cause.shortfall)} below the usual"
         return f"the dominant cause is {cause.factor}, which it is in proportion to and which is {below}", cause.fix

@@ -23,6 +23,7 @@ from transformers import Cache, DynamicCache, MistralConfig, MistralForCausalLM,
 import inlay
 from benchmarks.entry import Aim, Entry, Progress
 from benchmarks.measure import require_same
+from inlay.fastweight.causal_lm import with_cache
 from inlay.fastweight.streaming import state_of
 
 TOLERANCE = 1e-4
@@ -78,11 +79,12 @@ class Decoder:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.cache: Cache = DynamicCache(config=model.config)
+        self.given = with_cache(model, self.cache)
 
     def step(self, token: Tensor) -> tuple[float, Tensor]:
         """Seconds and logits ``[1, 1, V]`` of one token ``[1, 1]``."""
         started = time.perf_counter()
-        logits = self.model(token, past_key_values=self.cache).logits
+        logits = self.model(token, **self.given).logits
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         return time.perf_counter() - started, logits

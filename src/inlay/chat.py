@@ -8,13 +8,11 @@ half of its tokens. What is older is in the memory alone.
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from inlay.data import RecallConfig, load_tokenizer
 from inlay.fastweight import InlayError, Session
+from inlay.fastweight.causal_lm import forward_arguments, with_cache
 from inlay.train import Run
 
 PIECE = 512  # tokens read at a time
@@ -219,8 +218,8 @@ class Conversation:
     def _forward(self, ids: list[int]) -> None:
         model = self.run.model
         tokens = torch.tensor([ids], device=model.device)
-        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(_base(model).forward).parameters else {}
-        output = model(input_ids=tokens, past_key_values=self._cache, use_cache=True, **last)
+        last = {"logits_to_keep": 1} if "logits_to_keep" in forward_arguments(model) else {}
+        output = model(input_ids=tokens, **with_cache(model, self._cache), use_cache=True, **last)
         self._cached += len(ids)
         self._logits = output.logits[0, -1]
 
@@ -301,8 +300,3 @@ def _tokenizer(run: Run) -> PreTrainedTokenizerBase:
             "through. Use a run of task text (inlay evaluate measures recall)"
         )
     return load_tokenizer(run.data_config.tokenizer, [])
-
-
-def _base(model: Any) -> Any:
-    """The model within PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import inlay
+from inlay.fastweight.causal_lm import with_cache
 from tests.closeness import relative_error
 
 ELSEWHERE = "meta"
@@ -189,7 +190,7 @@ def test_prefill_and_decode_are_the_same_as_on_the_cpu(representation: Any, mask
             piece = {"input_ids": ids[:, start:stop]} | ({"attention_mask": mask[:, :stop]} if masked else {})
             with torch.no_grad():
                 given = tree_map_only(Tensor, Elsewhere, piece) if there else piece
-                logits.append(back(model(**given, past_key_values=cache).logits))
+                logits.append(back(model(**given, **with_cache(model, cache)).logits))
         outputs.append(torch.cat(logits, 1))
     assert torch.equal(*outputs)
 

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import inlay
 from inlay.fastweight import CheckpointError, Memory, Session, StateError
+from inlay.fastweight.causal_lm import with_cache
 from tests.closeness import assert_close
 from tests.fastweight.test_streaming import llama, tokens
 
@@ -73,7 +74,7 @@ def test_a_kv_cache_carries_the_session_so_the_whole_forward_is_given_piece_by_p
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
         with session:
-            pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([9, 1, 1, 4, 5], dim=1)]
+            pieces = [model(piece, **with_cache(model, cache)).logits for piece in ids.split([9, 1, 1, 4, 5], dim=1)]
         assert_close(torch.cat(pieces, 1), whole, 1e-12)
         assert session.tokens_read.tolist() == [20, 20]
 
@@ -122,7 +123,7 @@ def test_taking_tokens_back_takes_them_off_the_count() -> None:
     model, memory = made()
     cache, session = DynamicCache(), memory.session()
     with torch.no_grad(), session:
-        model(tokens(1, 8), past_key_values=cache)
+        model(tokens(1, 8), **with_cache(model, cache))
         cache.crop(-2)
     assert session.tokens_read.tolist() == [6]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import inlay
+from inlay.fastweight.causal_lm import cache_among, with_cache
 from inlay.fastweight.streaming import StateError, state_of
 from tests.closeness import assert_close, relative_error
 from tests.fastweight.families import BY_NAME
@@ -56,7 +57,7 @@ def in_pieces(model: PreTrainedModel, ids: Tensor, cuts: list[int], **options: T
     for cut in cuts:
         piece = slice(at, at + cut)
         given = {k: v[:, : at + cut] if k == "attention_mask" else v[:, piece] for k, v in options.items()}
-        outputs.append(model(ids[:, piece], past_key_values=cache, **given).logits)
+        outputs.append(model(ids[:, piece], **with_cache(model, cache), **given).logits)
         at += cut
     return torch.cat(outputs, 1)
 
@@ -214,7 +215,7 @@ def test_generation_goes_on_from_a_returned_cache() -> None:
     rest = model.generate(
         first.sequences,
         attention_mask=torch.ones_like(first.sequences),
-        past_key_values=first.past_key_values,
+        **with_cache(model, cache_among(first)),
         max_new_tokens=11,
         **options,
     )
@@ -252,7 +253,7 @@ def test_an_offloaded_cache_carries_the_state(monkeypatch: pytest.MonkeyPatch) -
     model, ids = llama(), tokens(2, 20)
     cache = DynamicCache(config=model.config, offloading=True)
     with torch.no_grad():
-        pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([7, 1, 1, 11], 1)]
+        pieces = [model(piece, **with_cache(model, cache)).logits for piece in ids.split([7, 1, 1, 11], 1)]
         assert_close(torch.cat(pieces, 1), model(ids, use_cache=False).logits, 1e-12)
 
 
@@ -260,9 +261,9 @@ def test_rollback_stays_possible_until_the_next_chunk_begins() -> None:
     model, ids = llama(chunk_size=5), tokens(1, 12)
     cache = DynamicCache()
     with torch.no_grad():
-        model(ids[:, :10], past_key_values=cache)  # two full chunks; the second is still open
+        model(ids[:, :10], **with_cache(model, cache))  # two full chunks; the second is still open
         cache.crop(-4)
-        rest = model(ids[:, 6:], past_key_values=cache).logits
+        rest = model(ids[:, 6:], **with_cache(model, cache)).logits
         assert_close(rest, model(ids, use_cache=False).logits[:, 6:], 1e-12)
         with pytest.raises(StateError, match="cannot take 4 tokens back: a chunk was committed 2 tokens ago"):
             cache.crop(-4)
@@ -274,13 +275,13 @@ def test_rows_are_selected_repeated_and_copied_with_the_cache() -> None:
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
         cache = DynamicCache()
-        model(ids[:, :13], past_key_values=cache)
+        model(ids[:, :13], **with_cache(model, cache))
         copied = pickle.loads(pickle.dumps(copy.deepcopy(cache)))
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(torch.tensor([3, 0]))
-        rest = model(ids[[1, 0], 13:], past_key_values=cache).logits
+        rest = model(ids[[1, 0], 13:], **with_cache(model, cache)).logits
         assert_close(rest, whole[[1, 0], 13:], 1e-12)
-        assert_close(model(ids[:, 13:], past_key_values=copied).logits, whole[:, 13:], 1e-12)
+        assert_close(model(ids[:, 13:], **with_cache(model, copied)).logits, whole[:, 13:], 1e-12)
         cache.reset()
         state = state_of(cache)
         assert state is not None
@@ -294,28 +295,28 @@ def test_a_cache_that_the_memory_has_not_read_is_refused() -> None:
     with torch.no_grad():
         cache = DynamicCache()
         with memory.disabled():
-            model(ids, past_key_values=cache)
+            model(ids, **with_cache(model, cache))
         with pytest.raises(StateError, match="holds 12 tokens but the memory has read 0"):
-            model(ids, past_key_values=cache)
+            model(ids, **with_cache(model, cache))
         cache = DynamicCache()
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(model, cache))
         with memory.disabled():
-            model(ids, past_key_values=cache)
+            model(ids, **with_cache(model, cache))
         with pytest.raises(StateError, match="holds 24 tokens but the memory has read 12"):
-            model(ids, past_key_values=cache)
+            model(ids, **with_cache(model, cache))
 
 
 def test_after_an_error_the_state_is_not_used_again() -> None:
     model, ids = llama(), tokens(1, 12)
     cache = DynamicCache()
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(model, cache))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model.model.layers[1], "forward", lambda *a, **k: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                model(ids[:, :1], past_key_values=cache)
+                model(ids[:, :1], **with_cache(model, cache))
         with pytest.raises(StateError, match="ended in an error"):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **with_cache(model, cache))
 
 
 def test_a_forward_without_a_cache_is_stateless() -> None:
@@ -335,7 +336,7 @@ def decode(representation: str, ids: Tensor) -> tuple[Tensor, list[int]]:
     memory.representation = representation
     cache, outputs, sizes = DynamicCache(), [], []
     for t in range(ids.shape[1]):
-        outputs.append(model(ids[:, t : t + 1], past_key_values=cache).logits)
+        outputs.append(model(ids[:, t : t + 1], **with_cache(model, cache)).logits)
         state = state_of(cache)
         assert state is not None
         sizes.append(state.nbytes)
@@ -380,7 +381,7 @@ def test_the_history_tells_norm_and_clip_scale_of_each_chunk_in_the_sum(cuts: li
     cache = DynamicCache()
     with torch.no_grad():
         for ids, piece in zip(tokens(2, 26).split(cuts, 1), documents.split(cuts, 1), strict=True):
-            model(ids, document_ids=piece, past_key_values=cache)
+            model(ids, document_ids=piece, **with_cache(model, cache))
     state = state_of(cache)
     assert state is not None
     layer = state.layers[2]
@@ -396,7 +397,7 @@ def test_the_history_tells_norm_and_clip_scale_of_each_chunk_in_the_sum(cuts: li
     if len(cuts) == 1:
         first = layer.history[0, 0, 0]
         with torch.no_grad():
-            model(tokens(2, 26)[:1, :6], past_key_values=(one := DynamicCache()))
+            model(tokens(2, 26)[:1, :6], **with_cache(model, one := DynamicCache()))
         alone = state_of(one)
         assert alone is not None
         assert_close(alone.layers[2].sum.norm().float(), first, 1e-6)
@@ -410,6 +411,9 @@ def test_gradients_flow_through_the_state_from_call_to_call() -> None:
     parameters = list(memory.parameters())
     whole = torch.autograd.grad(model(ids, use_cache=False).logits.square().mean(), parameters)
     cache = DynamicCache()
-    pieces = [model(ids[:, :8], past_key_values=cache).logits, model(ids[:, 8:], past_key_values=cache).logits]
+    pieces = [
+        model(ids[:, :8], **with_cache(model, cache)).logits,
+        model(ids[:, 8:], **with_cache(model, cache)).logits,
+    ]
     for a, b in zip(torch.autograd.grad(torch.cat(pieces, 1).square().mean(), parameters), whole, strict=True):
         assert_close(a, b, 1e-9)

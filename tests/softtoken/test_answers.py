@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from inlay.fastweight.causal_lm import cache_among, with_cache
 from inlay.softtoken.compressors import CompressorError
 from inlay.softtoken.errors import LayoutError
 from inlay.softtoken.layout import PromptLayout
@@ -114,13 +115,13 @@ def run_over(model: nn.Module, memory: SoftTokens) -> SoftTokens:
         row = memory.row(index)
         if row.slots == 0:
             # No forward takes an empty row: of a row of one slot, none.
-            cache = model(inputs_embeds=torch.zeros(1, 1, WIDTH), use_cache=True).past_key_values
+            cache = cache_among(model(inputs_embeds=torch.zeros(1, 1, WIDTH), use_cache=True))
             empty = tuple((layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in cache.layers)
             rows.append(SoftTokens(None, row.mask, empty))
             continue
         full = transformers.DynamicCache()  # every position, also where the model keeps a window only
-        cache = model(inputs_embeds=row.embeddings, past_key_values=full).past_key_values
-        rows.append(SoftTokens(None, row.mask, tuple((layer.keys, layer.values) for layer in cache.layers)))
+        model(inputs_embeds=row.embeddings, **with_cache(model, full))
+        rows.append(SoftTokens(None, row.mask, tuple((layer.keys, layer.values) for layer in full.layers)))
     return SoftTokens.cat(rows)
 
 

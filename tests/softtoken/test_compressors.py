@@ -17,6 +17,7 @@ import transformers
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from inlay.fastweight.causal_lm import cache_among, with_cache
 from inlay.softtoken.compressors import (
     Compressor,
     CompressorError,
@@ -394,7 +395,7 @@ def test_keys_and_values_of_other_kinds_are_what_reading_the_slots_leaves_in_the
     memory = compressor.compress(ids, mask)
     for row in range(2):
         with adapter_on(compressor):
-            cache = model(inputs_embeds=slots.row(row).embeddings, use_cache=True).past_key_values
+            cache = cache_among(model(inputs_embeds=slots.row(row).embeddings, use_cache=True))
         for (keys, values), layer in zip(memory.row(row).kv, cache.layers, strict=True):
             assert_close(keys, layer.keys, 1e-5)
             assert_close(values, layer.values, 1e-5)
@@ -410,7 +411,7 @@ def test_pooled_slots_say_the_same_to_the_decoder_in_both_forms() -> None:
     cache = transformers.DynamicCache()
     for layer, (keys, values) in enumerate(kv.kv):
         cache.update(keys, values, layer)
-    assert_close(model(inputs_embeds=after, past_key_values=cache).logits, whole, 1e-5)
+    assert_close(model(inputs_embeds=after, **with_cache(model, cache)).logits, whole, 1e-5)
 
 
 # Segments

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from inlay.fastweight.causal_lm import with_cache
 from inlay.softtoken import objectives
 from inlay.softtoken.compressors import EncoderPoolConfig, LoraSettings, build_compressor
 from inlay.softtoken.cues import Cues, cued
@@ -179,7 +180,7 @@ def test_a_cue_behind_keys_and_values_is_read_as_behind_the_slots_they_are_of(mo
     text, cue = embed_text(model, CONTEXTS, MASK), torch.randn(32)
     assert text.embeddings is not None
     cache = DynamicCache(config=model.config)
-    model(inputs_embeds=text.embeddings, attention_mask=MASK.long(), past_key_values=cache)
+    model(inputs_embeds=text.embeddings, attention_mask=MASK.long(), **with_cache(model, cache))
     memory = SoftTokens(None, MASK, tuple((layer.keys, layer.values) for layer in cache.layers))
     asked = CONTEXTS.flip(1), MASK.flip(1)
     expected = read(model, cued(model, [], text, cue, *asked), "")

@@ -10,7 +10,6 @@ the last. Writing the slots is a time of its own, for what has been written can 
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from inlay.data import QAExample
 from inlay.evaluate.compress_methods import Ids, Method
 from inlay.evaluate.scoring import device_of
+from inlay.fastweight.causal_lm import cache_among, forward_arguments
 from inlay.softtoken.batches import NO_LABEL, TrainingBatch
 from inlay.softtoken.prompting import BoundLayout
 from inlay.softtoken.tokens import SoftTokens
@@ -125,7 +125,8 @@ def cache_bytes_per_slot(model: Any) -> int:
     """Bytes that one position takes in the decoder's cache: keys and values of all layers, counted in a cache."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
     with torch.no_grad():
-        layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+        cache = cache_among(model(input_ids=ids, use_cache=True))
+    layers = () if cache is None else cache.layers
     kept = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))
     return sum(tensor.nbytes for tensor in kept if isinstance(tensor, Tensor)) // 2
 
@@ -146,8 +147,7 @@ def _scored(model: Any, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
     places = batch.scored_mask.any(0).nonzero().squeeze(1)
     targets = F.pad(batch.labels[:, 1:], (0, 1), value=NO_LABEL)[:, places]
     inputs = {name: value for name, value in batch.inputs().items() if name != "labels"}
-    inner = getattr(model, "get_base_model", lambda: model)()
-    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+    if "logits_to_keep" in forward_arguments(model):
         return model(**inputs, logits_to_keep=places).logits.float(), targets
     return model(**inputs).logits[:, places].float(), targets
 

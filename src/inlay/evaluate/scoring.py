@@ -6,7 +6,6 @@ is told at :func:`inlay.data.collate`) and without a cache, in eval mode and wit
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from inlay.data.packing import NO_LABEL
 from inlay.fastweight import InlayError, find_memory
+from inlay.fastweight.causal_lm import forward_arguments
 
 Batch: TypeAlias = dict[str, Tensor]
 Collate: TypeAlias = Callable[[Sequence[Mapping[str, Any]]], Batch]
@@ -106,7 +106,7 @@ def logits_of(model: nn.Module, batch: Batch, *, last: int | None = None) -> Ten
         EvaluationError: A row holds several documents and the model takes no ``position_ids``, so that its attention
             would cross their borders.
     """
-    accepted = _arguments_of(model)
+    accepted = forward_arguments(model)
     arguments: dict[str, Any] = {
         name: batch[name] for name in ("attention_mask", "position_ids") if name in batch and name in accepted
     }
@@ -160,10 +160,3 @@ def divide(sums: NDArray[Any], counts: NDArray[Any]) -> Floats:
     out: Floats = np.full(sums.shape, np.nan)
     np.divide(sums, counts, out=out, where=counts > 0)
     return out
-
-
-def _arguments_of(model: nn.Module) -> frozenset[str]:
-    """Names of the arguments of the model's forward; of the model inside, for a PEFT model."""
-    get_base_model = getattr(model, "get_base_model", None)
-    inner = get_base_model() if callable(get_base_model) else model
-    return frozenset(inspect.signature(inner.forward).parameters)

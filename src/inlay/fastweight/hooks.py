@@ -7,7 +7,6 @@ They sit on the model, its decoder and the first block (and on the MLPs for ``ta
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
+from inlay.fastweight.causal_lm import base_model, cache_among, forward_arguments
 from inlay.fastweight.checkpointing import unwrap_checkpointing, wrap_checkpointing
 from inlay.fastweight.config import FastWeightConfig
 from inlay.fastweight.context import ContextHolder, ForwardContext, documents_of, first_tensor
@@ -55,11 +55,11 @@ class ForwardHooks:
         self._config = config
         self._holder = holder
         self._on_backward = on_backward
-        self._parameters_of_forward = tuple(inspect.signature(decoder.module.forward).parameters)
+        self._parameters_of_forward = forward_arguments(decoder.module)
         self._warned = False
         self._running: list[int] = []
         self._handles: list[RemovableHandle] = []
-        outer = {id(m): m for m in (model, _unwrapped(model), decoder.model, decoder.module) if m is not None}
+        outer = {id(m): m for m in (model, base_model(model), decoder.model, decoder.module) if m is not None}
         for depth, module in enumerate(outer.values()):
             enter, leave = functools.partial(self._enter, depth), functools.partial(self._leave, depth)
             self._handles += [
@@ -225,17 +225,17 @@ class ForwardHooks:
         Raises:
             StateError: The cache has been filled without this memory.
         """
-        cache = given.get("past_key_values")
+        cache = cache_among(given)
         if self.session is not None:
             if self.session.interrupted and self.session.layers:
                 raise StateError(
                     "the last forward of this session ended in an error and may have left its state half-written; "
                     "begin anew with session.reset(), or go on from a saved one with memory.load_session"
                 )
-            if isinstance(cache, Cache):
+            if cache is not None:
                 ride(cache, self.session)
             return self.session
-        if not isinstance(cache, Cache):
+        if cache is None:
             begins = given.get("use_cache")
             if begins is None:
                 begins = getattr(getattr(self._decoder.module, "config", None), "use_cache", False)
@@ -286,12 +286,6 @@ class ForwardHooks:
         context = self._holder.current
         if context is not None and context.x0 is None:
             context.x0 = first_tensor(args, kwargs)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model; any other as it is."""
-    get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if callable(get_base_model) else model
 
 
 def _counts(context: ForwardContext, rows: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from inlay.fastweight.causal_lm import with_cache
 from inlay.softtoken.tokens import SoftTokens, packing_order
 
 NO_LABEL = -100
@@ -24,17 +25,17 @@ class _Batch:
         attention_mask: `[B, T]` int64, 1 at what counts; in form ``kv`` `[B, M + T]`, for the cache and the sequence.
         position_ids: `[B, T]` int64, counting each row's own tokens from 0 (in form ``kv`` from the row's slots m).
         memory: The memory where it is the cache (form ``kv``); None where it is in ``inputs_embeds``.
-        config: The decoder's, which says of what kind each layer's cache is.
+        model: The decoder, whose config says of what kind each layer's cache is.
     """
 
     inputs_embeds: Tensor
     attention_mask: Tensor
     position_ids: Tensor
     memory: SoftTokens | None
-    config: Any = field(repr=False)
+    model: Any = field(repr=False)
 
     @property
-    def past_key_values(self) -> DynamicCache | None:
+    def cache(self) -> DynamicCache | None:
         """Form ``kv``: the memory as a cache, a new one each time (a forward writes into the one it is given).
 
         Its padding stands on the left, so that a sliding window, which counts places and not positions, meets none
@@ -49,7 +50,9 @@ class _Batch:
         def moved(tensor: Tensor) -> Tensor:
             return tensor.gather(2, order[:, None, :, None].expand_as(tensor)).masked_fill_(unread, 0)
 
-        return DynamicCache([(moved(keys), moved(values)) for keys, values in memory.kv or ()], config=self.config)
+        return DynamicCache(
+            [(moved(keys), moved(values)) for keys, values in memory.kv or ()], config=self.model.config
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +84,8 @@ class TrainingBatch(_Batch):
             "position_ids": self.position_ids,
             "labels": self.labels,
         }
-        cache = self.past_key_values
-        return inputs | ({"use_cache": False} if cache is None else {"past_key_values": cache})
+        cache = self.cache
+        return inputs | ({"use_cache": False} if cache is None else with_cache(self.model, cache))
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +113,11 @@ class GenerationBatch(_Batch):
             "pad_token_id": self.stop_ids[0],
             "max_new_tokens": self.max_new_tokens,
         }
-        cache = self.past_key_values
+        cache = self.cache
         if cache is None or self.memory is None:
             return inputs
         whole = F.pad(self.inputs_embeds, (0, 0, self.memory.slots, 0))
-        return inputs | {"inputs_embeds": whole, "past_key_values": cache}
+        return inputs | {"inputs_embeds": whole, **with_cache(self.model, cache)}
 
 
 @dataclass(frozen=True)

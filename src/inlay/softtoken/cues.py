@@ -112,6 +112,6 @@ def cued(
         attended.long(),
         positions,
         memory if memory.form == "kv" else None,
-        model.config,
+        model,
         labels,
     )

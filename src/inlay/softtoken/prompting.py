@@ -84,7 +84,7 @@ class BoundLayout(Wording):
             attention_mask,
             position_ids,
             memory if memory.form == "kv" else None,
-            model.config,
+            model,
             _padded(labels, NO_LABEL, embeds.device),
         )
 
@@ -108,7 +108,7 @@ class BoundLayout(Wording):
             attention_mask,
             position_ids,
             memory if memory.form == "kv" else None,
-            model.config,
+            model,
             self.stop_ids,
             self.max_new_tokens,
         )

@@ -39,6 +39,7 @@ from inlay.data import FactsConfig, QAExample, facts_tokenizer
 from inlay.data.facts import facts_context
 from inlay.data.tokenizer import default_cache_dir, load_pretrained_tokenizer
 from inlay.evaluate.squad import exact_match
+from inlay.fastweight.causal_lm import with_cache
 from inlay.softtoken.batches import NO_LABEL
 from inlay.softtoken.objectives import predictions
 from inlay.softtoken.pieces import tokenise
@@ -204,8 +205,9 @@ def base_loss(
     """
     rows = [tokenise(layout.tokenizer, examples[0].context, plain=True) for examples in contexts]
     ids, mask = _padded(rows, 0, model.device), _padded([[1] * len(row) for row in rows], 0, model.device)
-    read = model(input_ids=ids, attention_mask=mask, past_key_values=DynamicCache(), use_cache=True)
-    memory = SoftTokens(None, mask.bool(), tuple((layer.keys, layer.values) for layer in read.past_key_values.layers))
+    cache = DynamicCache()
+    read = model(input_ids=ids, attention_mask=mask, **with_cache(model, cache), use_cache=True)
+    memory = SoftTokens(None, mask.bool(), tuple((layer.keys, layer.values) for layer in cache.layers))
     owner = [row for row, examples in enumerate(contexts) for _ in examples]
     asked = [example for examples in contexts for example in examples]
     batch = layout.training(

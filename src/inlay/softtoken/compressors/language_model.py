@@ -7,7 +7,6 @@ each an attention module with a projection for its queries, and a forward that t
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.fastweight.causal_lm import base_model, cache_argument, forward_arguments
 from inlay.softtoken.compressors.adapter import Adapter, adapters, recomputed_within, tuner_layers
 from inlay.softtoken.compressors.errors import CompressorError
 
@@ -24,8 +24,6 @@ KeyValues = tuple[tuple[Tensor, Tensor], ...]
 
 QUERY_PROJECTIONS = ("q_proj", "c_attn", "qkv_proj", "query_key_value", "Wqkv", "q_b_proj")
 """What families call the linear layer that the queries come from, alone or together with keys and values."""
-
-_CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 
 
 class LanguageModel:
@@ -42,9 +40,7 @@ class LanguageModel:
     """
 
     def __init__(self, model: Any) -> None:
-        if callable(getattr(model, "get_base_model", None)):
-            model = model.get_base_model()
-        self.model = model
+        self.model = model = base_model(model)
         self.decoder = model.get_decoder()
         text = model.config.get_text_config()
         self.embedding = model.get_input_embeddings()
@@ -52,7 +48,7 @@ class LanguageModel:
         self.heads: int = text.num_attention_heads
         self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
         self.blocks = self._find_blocks(text.num_hidden_layers)
-        parameters = inspect.signature(self.decoder.forward).parameters
+        parameters = forward_arguments(self.decoder)
         missing = [name for name in ("inputs_embeds", "attention_mask", "position_ids") if name not in parameters]
         if missing:
             raise CompressorError(
@@ -184,9 +180,9 @@ class LanguageModel:
 
     def _cache_argument(self, index: int, block: nn.Module) -> tuple[nn.Module, str]:
         for attention, _ in self.query_projections(block):
-            for name in inspect.signature(attention.forward).parameters:
-                if name in _CACHE_ARGUMENTS:
-                    return attention, name
+            name = cache_argument(attention)
+            if name is not None:
+                return attention, name
         raise CompressorError(
             f"form kv: block {index} of {type(self.decoder).__name__} has no attention module known to keep keys and "
             "values; use form embeddings"

@@ -109,6 +109,15 @@ def test_a_trace_is_what_the_sums_written_out_say(eta: float) -> None:
     assert result.common_mode == pytest.approx(float(mean @ mean / z.pow(2).sum(-1).mean()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_trace_within_autocast_is_the_one_without(dtype: torch.dtype) -> None:
+    seen = observed(100 * randn(2, 11, WIDE), 100 * randn(2, 11, D, seed=1), randn(2, 11, D, seed=2), 0.3)
+    with torch.autocast("cpu", dtype):
+        within = trace_layer(seen, 0.3)
+    assert within == trace_layer(seen, 0.3)
+    assert all(math.isfinite(power) for power in within.fast_power)
+
+
 def test_packed_documents_count_from_their_own_start_and_padding_counts_for_nothing() -> None:
     documents = torch.tensor([[0] * 6 + [1] * 5, [-1] * 2 + [0] * 9])
     z, v, base = randn(2, 11, WIDE), randn(2, 11, D, seed=1), randn(2, 11, D, seed=2)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -149,6 +150,19 @@ def test_the_ratio_of_a_quantized_weight_is_refused() -> None:
     projection.weight = nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(AttachError, match=r"holds it quantized \(torch.int8\); use max_update_norm"):
         inlay.attach(model, LLAMA.config(max_update_ratio=0.1))
+
+
+def test_weights_that_are_offloaded_are_refused_and_may_be_afterwards() -> None:
+    ids = LLAMA.tokens(1, 22)
+    with torch.no_grad():
+        expected = LLAMA.make()(input_ids=ids).logits
+    model = cpu_offload(LLAMA.make())
+    with pytest.raises(AttachError, match=r"the weights of block 0 are offloaded .* attach, and dispatch it then"):
+        inlay.attach(model, LLAMA.config())
+    model = LLAMA.make()
+    inlay.attach(model, LLAMA.config(init="zero"))
+    with torch.no_grad():
+        assert torch.equal(cpu_offload(model)(input_ids=ids).logits, expected)
 
 
 def test_documents_that_are_no_longer_than_a_chunk_are_refused() -> None:

@@ -68,6 +68,26 @@ def test_forwards_in_a_session_go_on_with_its_memory_and_only_with_that() -> Non
     }
 
 
+@pytest.mark.parametrize("representation", ["dense", "deferred"])
+def test_what_was_read_in_inference_mode_goes_on_outside_it(representation: str) -> None:
+    _, memory = made(representation=representation)
+    ids, session = tokens(2, 20), memory.session(2)
+    expected = read(memory.session(2), ids, 7, 1, 12)
+    with torch.inference_mode():
+        first = session.step(ids[:, :7]).logits.clone()
+    rest = read(session, ids[:, 7:], 1, 12)
+    assert torch.equal(torch.cat([first, rest], 1), expected)
+
+
+def test_a_session_goes_on_with_its_own_chunk_size_alone() -> None:
+    _, memory = made(chunk_size=5)
+    ids, session = tokens(1, 20), memory.session()
+    read(session, ids[:, :7])
+    with memory.using(chunk_size=4), pytest.raises(StateError, match="in chunks of 5, and the memory now runs with"):
+        read(session, ids[:, 7:])
+    assert_close(read(session, ids[:, 7:]), read(memory.session(), ids, 7, 13)[:, 7:], 1e-12)
+
+
 def test_a_kv_cache_carries_the_session_so_the_whole_forward_is_given_piece_by_piece() -> None:
     model, memory = made()
     ids, cache, session = tokens(2, 20), DynamicCache(), memory.session(2)

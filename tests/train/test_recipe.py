@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 from inlay.train import RecipeError, dump_recipe, load_recipe, parse_recipe
 from inlay.train.directory import training_arguments
@@ -134,3 +135,15 @@ def test_a_strategy_may_be_no_without_quotes(tmp_path: Path) -> None:
 def test_what_the_trainer_does_not_take_is_told_in_the_recipes_terms(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"trainer: .*often"):
         training_arguments(tmp_path, 0, {"save_strategy": "often"})
+
+
+def test_a_process_trains_on_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more the Trainer would take ``nn.DataParallel``, which shares a memory's context between threads."""
+
+    class OnTwo(TrainingArguments):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self._n_gpu = 2
+
+    monkeypatch.setattr("inlay.train.directory.TrainingArguments", OnTwo)
+    assert training_arguments(tmp_path, 0, {}).n_gpu == 1

@@ -92,4 +92,4 @@ def examine_compression(case: CompressCase, *, progress: Progress | None = None)
                 made[name] = step()
             except InlayError as error:
                 made[name] = Refused(name, str(error))
-    return Diagnosis(case.recipe.name, made, skipped, provenance())
+    return Diagnosis(case.recipe.name, made, skipped, provenance(device))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from transformers import set_seed
 
@@ -24,6 +23,7 @@ from inlay.doctor.examine import Progress
 from inlay.train.base_lm import base_outcome, build_base_lm, untrained_lm
 from inlay.train.compress import build_task, load_decoder
 from inlay.train.compress_recipe import CompressRecipe
+from inlay.train.directory import training_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,8 +51,7 @@ def examine_compress_recipe(
     outcome = base_outcome(recipe, cache_dir=cache_dir) if recipe.base is not None else None
     trained = recipe.base is None or outcome is not None
     model, tokenizer = _decoder(recipe, trained, cache_dir)
-    cuda = torch.cuda.is_available() and not recipe.trainer.get("use_cpu")
-    task = build_task(recipe, model.to("cuda" if cuda else "cpu").eval(), tokenizer).eval()
+    task = build_task(recipe, model.to(training_device(recipe.trainer)).eval(), tokenizer).eval()
     return examine_compression(CompressCase(task, data.train, data.eval, trained, outcome), progress=progress)
 
 

@@ -272,12 +272,8 @@ def _shorten(layer: FastWeightLinear, args: tuple[Tensor]) -> None:
     layout = context.layout(z, layer.config.chunk_size)
     if layout.chunks > _CHUNKS:
         kept = [*range(_CHUNKS - 1), layout.chunks - 1]
-        context._layouts[z.shape[0], z.shape[1], layout.chunk_size] = replace(
-            layout,
-            chunks=_CHUNKS,
-            resets=tuple(layout.resets[n] for n in kept),
-            writes=tuple(layout.writes[n] for n in kept),
-        )
+        resets, writes = (tuple(flags[n] for n in kept) for flags in (layout.resets, layout.writes))
+        context.replace_layout(replace(layout, chunks=_CHUNKS, resets=resets, writes=writes), z)
 
 
 def _require_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -60,4 +60,4 @@ def examine(
         if progress is not None:
             progress(name)
         made[name] = step()
-    return Diagnosis(type(model).__name__, made, provenance=provenance())
+    return Diagnosis(type(model).__name__, made, provenance=provenance(next(memory.parameters()).device))

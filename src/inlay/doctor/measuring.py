@@ -170,7 +170,12 @@ def _share(base: float, cross: float, fast: float, eta: float) -> float:
 
 
 def trace_layer(seen: Observation, eta: float) -> LayerTrace:
-    """Walk the chunks of one observed forward, which ran at step size ``eta``."""
+    """Walk the chunks of one observed forward, which ran at step size ``eta``; in full precision, as the scan does."""
+    with torch.autocast(seen.output.device.type, enabled=False):
+        return _trace(seen, eta)
+
+
+def _trace(seen: Observation, eta: float) -> LayerTrace:
     layout = seen.layout
     size, rows, width = layout.chunk_size, seen.v_packed.shape[0], seen.v_packed.shape[-1]
     output = layout.pack(seen.output)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor
 from transformers import set_seed
@@ -22,7 +21,8 @@ from inlay.moshi.model import MoshiForTraining
 from inlay.moshi.sequences import SequenceConfig, load_sequences
 from inlay.moshi.weights import load_checkpoint
 from inlay.report.provenance import provenance
-from inlay.train.moshi import DTYPES, build_moshi, mixed_precision
+from inlay.train.directory import mixed_precision, training_device
+from inlay.train.moshi import DTYPES, build_moshi
 from inlay.train.moshi_recipe import MoshiRecipe
 from inlay.train.yaml_recipe import RecipeError
 
@@ -58,7 +58,7 @@ def examine_moshi_recipe(
 
     tell("lint")
     set_seed(recipe.seed)
-    device = "cuda" if torch.cuda.is_available() and not recipe.trainer.get("use_cpu") else "cpu"
+    device = training_device(recipe.trainer)
     checkpoint = load_checkpoint(recipe.moshi_paths.hf_repo_id, device=device, dtype=DTYPES[recipe.param_dtype])
     data = load_sequences(recipe.data)
     made["lint"] = lint_moshi(MoshiCase(recipe, checkpoint, data), source=source)
@@ -81,7 +81,7 @@ def examine_moshi_recipe(
     task = MoshiForTraining(lm, recipe.loss)
     model = MoshiCausalLM(task)
     try:
-        with mixed_precision(recipe, device):
+        with mixed_precision(recipe.trainer_arguments(), device):
             measured = examine(
                 model,
                 model.sample(data.train, recipe.batch_size, recipe.seed),
@@ -92,7 +92,7 @@ def examine_moshi_recipe(
             )
     finally:
         task.restore()
-    return Diagnosis(recipe.name, {**measured.examinations, **made}, skipped, provenance())
+    return Diagnosis(recipe.name, {**measured.examinations, **made}, skipped, measured.provenance)
 
 
 def _longer_batch(model: MoshiCausalLM, recipe: MoshiRecipe) -> dict[str, Tensor] | None:

@@ -20,6 +20,7 @@ from inlay.doctor.lint import Outcome, lint_model, lint_recipe
 from inlay.doctor.plan import PlanError, plan_recipe
 from inlay.fastweight import attach
 from inlay.report.provenance import provenance
+from inlay.train.directory import mixed_precision, training_device
 from inlay.train.recipe import Recipe, RecipeError
 from inlay.train.run import build_model
 
@@ -65,20 +66,22 @@ def examine_recipe(
     tell("data")
     set_seed(recipe.seed)
     data = load_data(recipe.data)
-    model = build_model(recipe, data.vocab_size)
+    device = training_device(recipe.trainer)
+    model = build_model(recipe, data.vocab_size).to(device)
     memory = attach(model, recipe.memory).train_only(recipe.mode)
     lint = lint_recipe(recipe, data=data, source=source)
     unsaved = Outcome("Weights trained and not saved", tuple(lint_model(memory, model)))
     made["lint"] = replace(lint, outcomes=(*lint.outcomes, unsaved))
     rows = int(recipe.trainer.get("per_device_train_batch_size", 8))
-    measured = examine(
-        model,
-        data.sample(rows, recipe.seed),
-        longer_batch=_longer_batch(recipe, rows),
-        frame_rate=recipe.doctor.frame_rate,
-        progress=progress,
-    )
-    return Diagnosis(recipe.name, {**measured.examinations, **made}, skipped, provenance())
+    with mixed_precision(recipe.trainer, device):
+        measured = examine(
+            model,
+            data.sample(rows, recipe.seed),
+            longer_batch=_longer_batch(recipe, rows),
+            frame_rate=recipe.doctor.frame_rate,
+            progress=progress,
+        )
+    return Diagnosis(recipe.name, {**measured.examinations, **made}, skipped, measured.provenance)
 
 
 def _longer_batch(recipe: Recipe, rows: int) -> dict[str, Tensor] | None:

@@ -11,8 +11,9 @@ of the parameters behind V: their gradient then falls as one over their norm. Cl
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from inlay.fastweight.scan import accumulator_dtype
 
 
 def update_norms(z: Tensor, v: Tensor, chunk_size: int) -> Tensor:
@@ -23,17 +24,14 @@ def update_norms(z: Tensor, v: Tensor, chunk_size: int) -> Tensor:
         v: ``[B, T', D]`` targets.
         chunk_size: Tokens per chunk C.
     """
-
-    def chunks(x: Tensor) -> Tensor:
-        x = x if x.dtype == torch.float64 else x.float()
-        rest = -x.shape[1] % chunk_size
-        return F.pad(x, (0, 0, 0, rest)).reshape(x.shape[0], -1, chunk_size, x.shape[-1])
-
+    dtype = accumulator_dtype(z.dtype)
+    squares = [z.new_zeros(z.shape[0], 0, dtype=dtype)]
     with torch.autocast(z.device.type, enabled=False):
-        zc, vc = chunks(z), chunks(v)
-        squared = ((vc @ vc.mT) * (zc @ zc.mT)).sum((-1, -2))
+        for zi, vi in zip(torch.split(z, chunk_size, 1), torch.split(v, chunk_size, 1), strict=True):
+            zi, vi = zi.to(dtype), vi.to(dtype)  # no copy of the whole
+            squares.append(((vi @ vi.mT) * (zi @ zi.mT)).sum((-1, -2)).unsqueeze(1))
     # Rounding can leave a tiny negative number, and the root has no derivative at 0.
-    return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
+    return torch.cat(squares, 1).clamp(min=torch.finfo(dtype).tiny).sqrt()
 
 
 def clip_targets(z: Tensor, v: Tensor, chunk_size: int, max_norm: float | Tensor) -> tuple[Tensor, Tensor]:

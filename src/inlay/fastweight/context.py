@@ -51,17 +51,21 @@ class ForwardContext:
     commits: bool = False
     steps: StepState | None = None
     unwrap: list[Callable[[], None]] = field(default_factory=list)
-    _layouts: dict[tuple[int, int, int], ChunkLayout] = field(default_factory=dict)
+    _layouts: dict[tuple[int, int, int, torch.device], ChunkLayout] = field(default_factory=dict)
 
     def layout(self, z: Tensor, chunk_size: int, state: FastWeightState | None = None) -> ChunkLayout:
-        """The chunk grid of this forward for inputs ``z`` ``[B, T, F]``, made once and shared by the layers."""
-        key = (z.shape[0], z.shape[1], chunk_size)
+        """The chunk grid of this forward for inputs ``z`` ``[B, T, F]``, made once and shared by a device's layers."""
+        key = (z.shape[0], z.shape[1], chunk_size, z.device)
         if key not in self._layouts:
             documents = None if self.documents is None else self.documents.to(z.device)
             self._layouts[key] = chunk_layout(
-                *key, documents=documents, state=state, device=z.device, keep_last_open=self.state is not None
+                *key[:3], documents=documents, state=state, device=z.device, keep_last_open=self.state is not None
             )
         return self._layouts[key]
+
+    def replace_layout(self, layout: ChunkLayout, z: Tensor) -> None:
+        """Let the layers use another chunk grid for inputs as ``z`` is."""
+        self._layouts[z.shape[0], z.shape[1], layout.chunk_size, z.device] = layout
 
     @property
     def used_layout(self) -> ChunkLayout | None:
@@ -108,6 +112,9 @@ def documents_of(
     of a row counts as one document. ``before`` ``[B]`` are the documents that rows with a state are in: they go on with
     them unless ``explicit`` ids say otherwise.
     """
+    packed = isinstance(position_ids, Tensor) and position_ids.dim() == 2
+    if explicit is None and attention_mask is None and not packed:
+        return None  # without asking the device, as each step of decoding does
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
     real = torch.ones(batch, tokens, dtype=torch.bool, device=device)
     if attention_mask is not None:
@@ -117,7 +124,7 @@ def documents_of(
             raise ValueError(f"document_ids must be [B, T] = [{batch}, {tokens}]; got {[*explicit.shape]}")
         real = real & (explicit.to(device) >= 0)
         ids = explicit.to(device)
-    elif isinstance(position_ids, Tensor) and position_ids.dim() == 2:
+    elif packed:
         ids = _packed_documents(position_ids.to(device).expand(batch, -1), real)
     if carry:
         ids = torch.zeros_like(ids)

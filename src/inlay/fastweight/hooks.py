@@ -189,6 +189,12 @@ class ForwardHooks:
                 )
             return
         context.state = self._find_state(given)
+        begun = None if context.state is None else context.state.chunk_size
+        if begun not in (None, self._config.chunk_size):
+            raise StateError(
+                f"what was read before is in chunks of {begun}, and the memory now runs with chunk_size="
+                f"{self._config.chunk_size}. Go on with that one, or begin anew"
+            )
         rows = None if context.state is None else context.state.rows
         if rows not in (None, batch):
             raise StateError(

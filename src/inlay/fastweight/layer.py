@@ -196,8 +196,9 @@ class FastWeightLinear(nn.Linear):
             )
             context.state.layers[self.index] = after
             chunks, emptied = layout.committed(z.shape[0], z.device)
-            norms = update_norms(z_packed, v, self.config.chunk_size).detach() * chunks
-            after.log(norms, torch.where(chunks, 1.0 if scale is None else scale.detach(), 0.0), emptied)
+            with torch.no_grad():
+                norms = update_norms(z_packed, v, self.config.chunk_size) * chunks
+                after.log(norms, torch.where(chunks, 1.0 if scale is None else scale, 0.0), emptied)
         if self.training:
             self.statistics.nonfinite |= ~torch.isfinite(out.detach()).all()
         if self.observer is not None and not context.recomputing:
@@ -214,6 +215,9 @@ class FastWeightLinear(nn.Linear):
                 f"the memory's state is of {state.batch_size} rows, this call has {z.shape[0]}; "
                 "select or repeat its rows first"
             )
+        if state is not None and state.z.is_inference() and not torch.is_inference_mode_enabled():
+            assert context.state is not None  # what inference_mode made cannot be written in place outside it
+            state = context.state.layers[self.index] = state.clone()
         return state
 
     def _defers(self, before: FastWeightState | None, committed: int) -> bool:

@@ -6,13 +6,14 @@ Everything is checked first and changed second. Attached, the model is still the
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from inlay.fastweight import checkpoint
 from inlay.fastweight.config import FastWeightConfig
@@ -72,6 +73,11 @@ def attach(model: nn.Module, config: FastWeightConfig) -> Memory:
             raise AttachError(
                 f"{site.name!r} of block {site.index} gives {features} features and the model is {width} wide: it is "
                 "no down projection; name that one with FastWeightConfig(projection=…)"
+            )
+        if hasattr(site.projection, "_hf_hook") and next(site.projection.parameters()).is_meta:
+            raise AttachError(
+                f"the weights of block {site.index} are offloaded (device_map), so the memory would be built on no "
+                "device. Load the model onto one device, attach, and dispatch it then (accelerate.dispatch_model)"
             )
         if config.target == "hidden" and (site.mlp is site.block or not is_called(site.mlp)):
             raise AttachError(
@@ -387,6 +393,8 @@ class Memory:
         Raises:
             NonFiniteMemoryError: Names the first layer, and ``step`` if given.
         """
+        if self._is_finite():
+            return
         when = "" if step is None else f" at step {step}"
         for index, layer in self.layers.items():
             for name, parameter in layer.memory_parameters():
@@ -400,6 +408,14 @@ class Memory:
                     f"the memory of block {index} gave NaN or infinity{when}. Lower eta (now {self.config.eta}) or set "
                     "max_update_ratio; if the base model alone does so too (memory.disabled()), the fault is there"
                 )
+
+    def _is_finite(self) -> bool:
+        """Asked of each device once: waiting for it after every step costs more than looking."""
+        flags: dict[torch.device, list[Tensor]] = defaultdict(list)
+        for layer in self.layers.values():
+            for flag in (*(torch.isfinite(p).all() for p in layer.target.parameters()), ~layer.statistics.nonfinite):
+                flags[flag.device].append(flag.view(()))
+        return all(bool(torch.stack(held).all()) for held in flags.values())
 
     def clip_rate(self) -> dict[int, float]:
         """Share of complete chunks whose update was clipped, by block, since :meth:`clear_statistics`."""

@@ -156,12 +156,13 @@ class _Scan(torch.autograd.Function):
             if not chunk.last:
                 _write(total, zi, vi, chunk, plan.eta)
 
-        # Backwards, for the terms with G. Unscaled, G ends as dW0, unless it was emptied on the way or starts with the
-        # gradient of the final sum; then η is taken into it.
-        shared = need_weight and d_final is None and all(resets is None for resets in plan.layout.resets)
+        # Backwards, for the terms with G. Unscaled, G ends as dW0, together with what was in it where it was emptied;
+        # not if it starts with the gradient of the final sum: then η is taken into it, and dW0 is made by itself.
+        shared = need_weight and d_final is None
         inner, outer = (1.0, plan.eta) if shared else (plan.eta, 1.0)
         dv = torch.empty_like(v, memory_format=torch.contiguous_format)
         later = total.zero_() if d_final is None else total.copy_(d_final)  # dL/dS after the chunk
+        d_weight: Tensor | None = None
         for chunk in reversed(_chunks(plan)):
             zi, vi, di = operand(z, chunk), operand(v, chunk), operand(d_out, chunk)
             d_update = _written(later, chunk)  # dL/dΔ_i
@@ -176,14 +177,16 @@ class _Scan(torch.autograd.Function):
                 add_product(dv[:, chunk.span], zi, d_update.mT, outer, overwrite=True)
             if chunk.index > 0 or shared or need_initial:
                 add_product(later, di.mT, zi, inner)
+            if need_weight and not shared:
+                d_weight = _plus(d_weight, torch.bmm(di.mT, zi).sum(0, dtype=dtype))
+            if shared and chunk.resets is not None:
+                d_weight = _plus(d_weight, (later * chunk.resets.view(-1, 1, 1)).sum(0))
             _empty_rows(later, chunk.resets)
 
-        d_weight = d_bias = None
-        if need_weight:
-            whole = later.sum(0) if shared else operand(d_out).flatten(0, 1).mT @ operand(z).flatten(0, 1)
-            d_weight = whole.to(weight.dtype)
-        if need_bias:
-            d_bias = d_out.sum((0, 1), dtype=dtype).to(weight.dtype)
+        if shared:
+            d_weight = _plus(d_weight, later.sum(0))
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        d_bias = d_out.sum((0, 1), dtype=dtype).to(weight.dtype) if need_bias else None
         d_initial = later * outer if need_initial else None
         return dz, dv, d_initial, d_weight, d_bias, None
 
@@ -230,6 +233,10 @@ def add_product(target: Tensor, a: Tensor, b: Tensor, alpha: float, *, overwrite
         target.copy_(torch.bmm(a, b.to(a.dtype)).mul_(alpha))
     else:
         target.add_(torch.bmm(a, b.to(a.dtype)), alpha=alpha)
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 def _empty_rows(total: Tensor, rows: Tensor | None) -> None:

@@ -135,6 +135,10 @@ class FastWeightState:
         """The same tensors without their autograd history (truncated backpropagation through time)."""
         return self._map(Tensor.detach)
 
+    def clone(self) -> FastWeightState:
+        """A copy in memory of its own."""
+        return self._map(Tensor.clone)
+
     def to(self, device: torch.device | str) -> FastWeightState:
         """The state on another device."""
         return self._map(lambda t: t.to(device))

@@ -51,9 +51,9 @@ class MemoryState:
         return next((layer.batch_size for layer in self.layers.values()), None)
 
     @property
-    def chunk_size(self) -> int:
-        """Tokens per chunk C."""
-        return next(iter(self.layers.values())).chunk_size
+    def chunk_size(self) -> int | None:
+        """Tokens per chunk C; None before the first call."""
+        return next((layer.chunk_size for layer in self.layers.values()), None)
 
     @property
     def nbytes(self) -> int:

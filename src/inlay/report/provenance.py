@@ -12,12 +12,13 @@ import transformers
 from inlay import __version__
 
 
-def provenance() -> dict[str, Any]:
-    """Versions and the device."""
+def provenance(device: torch.device | str | None = None) -> dict[str, Any]:
+    """Versions, and what the figures were measured on: ``device``, or the GPU if there is one."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return {
         "inlay": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
     }

@@ -46,6 +46,7 @@ from inlay.softtoken.pieces import tokenise
 from inlay.softtoken.prompting import BoundLayout
 from inlay.softtoken.tokens import SoftTokens, embed_text
 from inlay.train.compress_recipe import BaseSection, CompressRecipe
+from inlay.train.directory import training_device
 from inlay.train.muon import MuonAdamW, split_matrices
 from inlay.train.pretrained import load_causal_lm, untrained_causal_lm
 from inlay.train.yaml_recipe import RecipeError
@@ -251,8 +252,7 @@ def untrained_lm(recipe: CompressRecipe, tokenizer: PreTrainedTokenizerFast) -> 
     model = untrained_causal_lm(section, "decoder", dtype=torch.float32, vocab_size=len(tokenizer), **special)
     if model.get_input_embeddings().num_embeddings < len(tokenizer):
         raise RecipeError(f"decoder.config.vocab_size must be at least {len(tokenizer)}, the words of the facts")
-    cuda = torch.cuda.is_available() and not recipe.trainer.get("use_cpu")
-    return model.to("cuda" if cuda else "cpu").train()
+    return model.to(training_device(recipe.trainer)).train()
 
 
 def _folder(recipe: CompressRecipe, cache_dir: Path | None) -> Path:

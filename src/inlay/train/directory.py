@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +101,13 @@ def begin_run(directory: Path, recipe: Section) -> None:
 def training_arguments(directory: Path, seed: int, trainer: dict[str, Any]) -> TrainingArguments:
     """The Trainer's arguments for a run in ``directory``: a recipe's ``trainer`` section over the run's defaults.
 
+    One GPU a process; several are for ``torchrun`` or ``accelerate launch``.
+
     Raises:
         RecipeError: A value that ``TrainingArguments`` does not take, alone or with another.
     """
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(directory),
             seed=seed,
             remove_unused_columns=False,
@@ -112,6 +116,21 @@ def training_arguments(directory: Path, seed: int, trainer: dict[str, Any]) -> T
         )
     except (ValueError, TypeError) as error:
         raise RecipeError(f"trainer: {error}") from error
+    arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel splits neither these models nor what they are given
+    return arguments
+
+
+def training_device(trainer: Mapping[str, Any]) -> torch.device:
+    """Where a run with this ``trainer`` section trains: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() and not trainer.get("use_cpu") else "cpu")
+
+
+def mixed_precision(trainer: Mapping[str, Any], device: torch.device) -> AbstractContextManager[object]:
+    """What the Trainer runs the model in: autocast with ``bf16`` or ``fp16``, nothing without."""
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if trainer.get(key):
+            return torch.autocast(device.type, dtype)
+    return nullcontext()
 
 
 def run_trainer(trainer: Trainer, directory: Path, *, resume: bool, console: Console) -> dict[str, float]:

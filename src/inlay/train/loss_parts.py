@@ -40,8 +40,6 @@ class LossTrainer(Trainer):
 class LossPartsTrainer(LossTrainer):
     """A :class:`LossTrainer` that logs each part of the loss by itself (``loss/NAME``, ``eval_loss/NAME``), as the mean
     over the batches since the last log that had it.
-
-    It runs on one GPU a process: DataParallel cannot split what these models are given.
     """
 
     part: ClassVar[str] = "loss"
@@ -52,8 +50,6 @@ class LossPartsTrainer(LossTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         self._parts: dict[bool, dict[str, list[Tensor]]] = {True: defaultdict(list), False: defaultdict(list)}
-        arguments = kwargs["args"]
-        arguments._n_gpu = min(1, arguments.n_gpu)
         super().__init__(**kwargs)
 
     def note_parts(self, training: bool, parts: Mapping[str, Tensor]) -> None:

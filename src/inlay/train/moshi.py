@@ -11,7 +11,6 @@ runs/NAME/
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from inlay.train.directory import (
     DONE,
     RECIPE,
     begin_run,
+    mixed_precision,
     refuse_another_run,
     refuse_fewer_steps,
     require_finished,
@@ -127,7 +127,7 @@ def train_moshi(
     def diagnose() -> str:
         assert memory is not None
         model = MoshiCausalLM(task)
-        with mixed_precision(recipe, arguments.device.type):
+        with mixed_precision(recipe.trainer_arguments(), arguments.device):
             batch = model.sample(data.train, recipe.batch_size, recipe.seed)
             return attribute_gradients(memory, model, batch).sentence
 
@@ -183,11 +183,6 @@ def equip_moshi(recipe: MoshiRecipe, lm: LMModel) -> Memory | None:
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()
     return memory
-
-
-def mixed_precision(recipe: MoshiRecipe, device: str) -> AbstractContextManager[object]:
-    """What the Trainer runs the model in: bfloat16's autocast where the base model is bfloat16."""
-    return torch.autocast(device, torch.bfloat16) if recipe.param_dtype == "bfloat16" else nullcontext()
 
 
 def load_moshi_run(directory: Path, *, device: str | torch.device | None = None, **overrides: Any) -> MoshiRun:

@@ -127,6 +127,14 @@ def test_a_problem_in_the_part_of_a_stream_that_is_evaluated_is_not_passed_over(
         load_data(config(**fields, streaming=True, max_eval_sequences=2))
 
 
+def test_every_batch_of_a_data_set_has_the_same_columns(corpus: Path) -> None:
+    """Processes that share out a stream put their batches together by the first one's."""
+    data = load_data(config(path=str(corpus), packing="concatenate"))
+    batches = [data.collate([row]) for row in data.train]
+    assert {bool((batch["document_ids"] > 0).any()) for batch in batches} == {True, False}
+    assert {tuple(batch) for batch in batches} == {("input_ids", "document_ids", "labels", "position_ids")}
+
+
 def test_recall_needs_no_tokenizer_and_states_its_vocabulary() -> None:
     data = load_data(RecallConfig(task="recall", train_examples=10, eval_examples=4))
     assert data.tokenizer is None

@@ -18,6 +18,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from rich.console import Console
+from transformers import TrainingArguments
 from typer.testing import CliRunner
 
 from inlay import MemoryNeverReadError
@@ -28,6 +29,7 @@ from inlay.train.directory import RunError
 from inlay.train.kinds import recipe_kind
 from inlay.train.moshi import build_moshi, load_moshi_run, train_moshi
 from inlay.train.moshi_recipe import MoshiRecipe, load_moshi_recipe
+from inlay.train.moshi_trainer import MoshiTrainer
 from inlay.train.trainer import read_metrics
 from inlay.train.yaml_recipe import RecipeError, check_recipe, dump_recipe
 from tests.closeness import assert_close
@@ -169,6 +171,42 @@ def test_schedule_and_evaluation_are_moshi_finetunes(toy: MoshiCheckpoint, store
     assert [line["step"] for line in evaluated] == [5, 10]
     for line in evaluated:
         assert line["eval_perplexity/text"] == pytest.approx(math.exp(line["eval_loss/text"]))
+
+
+@pytest.mark.parametrize(("steps", "share"), [(20, 0.05), (2, 0.5)])
+def test_a_rise_that_would_end_with_the_first_step_is_none(steps: int, share: float, tmp_path: Path) -> None:
+    task = torch.nn.Linear(1, 1)
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=steps, learning_rate=1e-3, report_to="none")
+    trainer = MoshiTrainer(checkpoint_config={}, pct_start=share, memory=None, model=task, args=arguments)
+    trainer.create_optimizer_and_scheduler(steps)
+    rates = []
+    for _ in range(steps - 1):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates == sorted(rates, reverse=True)
+    assert 5e-4 <= rates[0] * 1.001 <= 1.001e-3
+
+
+def test_a_run_is_gone_on_with_for_more_steps_at_another_rate(
+    toy: MoshiCheckpoint, store: Path, tmp_path: Path
+) -> None:
+    optim = {"lr": 1e-3, "pct_start": 0.3}
+    train_moshi(make_recipe(toy, store, max_steps=4, ckpt_freq=2, optim=optim), tmp_path)
+    later = {"max_steps": 8, "ckpt_freq": 4, "optim": {"lr": 5e-4, "pct_start": 0.3}, "max_norm": 0.5}
+    train_moshi(make_recipe(toy, store, **later), tmp_path, resume=True)
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "metrics.jsonl") if "learning_rate" in line]
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-4, total_steps=8, pct_start=0.3)
+    expected = []
+    for _ in range(7):
+        optimizer.step()
+        schedule.step()
+        expected.append(schedule.get_last_lr()[0])
+    assert len(rates) == 8
+    assert rates[4:7] in (pytest.approx(expected[3:6]), pytest.approx(expected[4:7]))
+    with pytest.raises(RunError, match=r"differs in mode: when a run is resumed only .*max_steps.* may change"):
+        train_moshi(make_recipe(toy, store, **later, mode="all"), tmp_path, resume=True)
 
 
 def test_the_command_trains_a_moshi_recipe_and_writes_its_report(

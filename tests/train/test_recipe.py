@@ -137,6 +137,22 @@ def test_what_the_trainer_does_not_take_is_told_in_the_recipes_terms(tmp_path: P
         training_arguments(tmp_path, 0, {"save_strategy": "often"})
 
 
+def test_a_name_like_a_number_stays_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "1e-3.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in VALID.items() if key != "name"}))
+    recipe = load_recipe(path)
+    assert recipe.name == "1e-3"
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+def test_counts_are_whole_numbers() -> None:
+    recipe = parse_recipe(VALID | {"trainer": {"max_steps": 1e1, "per_device_train_batch_size": 2.0}})
+    assert [type(value) for value in recipe.trainer.values()] == [int, int]
+    with pytest.raises(RecipeError, match=r"gradient_accumulation_steps takes a whole number; got 1\.5"):
+        parse_recipe(VALID | {"trainer": {"gradient_accumulation_steps": 1.5}})
+
+
 def test_a_process_trains_on_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With more the Trainer would take ``nn.DataParallel``, which shares a memory's context between threads."""
 

@@ -191,7 +191,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, extr
 
 def test_another_recipe_cannot_be_resumed(tmp_path: Path) -> None:
     train(recipe(), tmp_path / "run")
-    with pytest.raises(RunError, match="another recipe"):
+    with pytest.raises(RunError, match=r"another recipe .* differs in seed: when a run is resumed only trainer may"):
         train(recipe(seed=1), tmp_path / "run", resume=True)
 
 
@@ -210,6 +210,18 @@ def test_a_finished_run_can_be_resumed_for_more_steps(tmp_path: Path) -> None:
     steps = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     assert load_run(tmp_path / "run").recipe.trainer["max_steps"] == 9
+
+
+def test_a_resumed_run_goes_on_by_its_own_learning_rate(tmp_path: Path) -> None:
+    steady = {"lr_scheduler_type": "constant", "weight_decay": 0.1}
+    train(recipe(trainer=steady), tmp_path / "run")
+    later = {"max_steps": 9, "learning_rate": 1e-3, "weight_decay": 0.0}
+    train(recipe(trainer=steady | later, memory_learning_rate=None), tmp_path / "run", resume=True)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert rates == [1e-2] * 6 + [1e-3] * 3
+    optimizer = torch.load(tmp_path / "run" / "checkpoint-9" / "optimizer.pt")
+    assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0.0}
 
 
 @pytest.mark.parametrize("mode", ["memory", "memory+layers", "all", "memory+lora"])
@@ -327,6 +339,10 @@ def test_resumed_at_its_last_epoch_a_run_takes_no_other(tmp_path: Path) -> None:
     cut_off(tmp_path / "run")
     train(run, tmp_path / "run", resume=True)
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    fewer = recipe(trainer=epochs | {"num_train_epochs": 1}, data=data | {"train_examples": 8})
+    with pytest.raises(RunError, match="checkpoint-4 is beyond num_train_epochs: 1"):
+        train(fewer, tmp_path / "run", resume=True)
+    assert load_run(tmp_path / "run").recipe.trainer["num_train_epochs"] == 2
 
 
 @pytest.mark.parametrize("damage", ["no state", "half a state", "no optimizer", "half an optimizer"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from inlay.data.config import RecallConfig, TextConfig
-from inlay.data.packing import NAMES_COLUMN, Row, collate, fill_row, pack_pieces, rows_to_dataset
+from inlay.data.packing import NAMES_COLUMN, TOKEN_COLUMNS, Row, collate, fill_row, pack_pieces, rows_to_dataset
 from inlay.data.problems import DataError, Problems
 from inlay.data.recall import RecallDataset
 from inlay.data.sources import Document, iterate_documents, read_documents
@@ -105,7 +106,7 @@ def load_data(config: TextConfig | RecallConfig, *, cache_dir: Path | str | None
     train, train_statistics = _load_split(config, tokenizer, train_documents, "training", None)
     held, eval_statistics = _load_split(config, tokenizer, eval_documents, "evaluation", config.max_eval_sequences)
     statistics = DataStatistics(train_statistics, eval_statistics, problems.skipped)
-    return Data(train, held, tokenizer, len(tokenizer), statistics, collate)
+    return Data(train, held, tokenizer, len(tokenizer), statistics, _collator(config))
 
 
 def _load_recall(config: RecallConfig) -> Data:
@@ -131,9 +132,15 @@ def _load_stream(config: TextConfig, problems: Problems, cache_dir: Path | str |
     if not lengths:
         _require_documents(config, 1, 0)
     held, eval_statistics = _dataset(config, tokenizer, rows, lengths, "evaluation")
-    return Data(
-        train, held, tokenizer, len(tokenizer), DataStatistics(None, eval_statistics, problems.skipped), collate
-    )
+    statistics = DataStatistics(None, eval_statistics, problems.skipped)
+    return Data(train, held, tokenizer, len(tokenizer), statistics, _collator(config))
+
+
+def _collator(config: TextConfig) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]]:
+    """The same columns for every batch of a data set: processes that share out a stream put their batches together."""
+    if config.packing == "concatenate":
+        return partial(collate, columns=[column for column in TOKEN_COLUMNS if column != "attention_mask"])
+    return collate
 
 
 def _load_split(

@@ -40,8 +40,8 @@ def refuse_another_run(directory: Path, recipe: Section, resume: bool) -> None:
     """Make sure that ``directory`` holds no run, or with ``resume`` none but this recipe's.
 
     Raises:
-        RunError: It does, or the run has finished and kept nothing to go on from. Only the recipe's ``trainer`` section
-            may differ when a run is resumed.
+        RunError: It does, or the run has finished and kept nothing to go on from. Only what the recipe says to be
+            ``free_when_resumed`` may differ when a run is resumed.
     """
     path = directory / RECIPE
     if not path.exists():
@@ -49,11 +49,13 @@ def refuse_another_run(directory: Path, recipe: Section, resume: bool) -> None:
     if not resume:
         raise RunError(f"{directory} holds a run already. Go on with --resume, start another with name=…, or remove it")
     before = read_recipe(type(recipe), path)
-    free = {"trainer": {}, "name": directory.name}  # a folder may be called anew
-    if before.model_copy(update=free) != recipe.model_copy(update=free):
+    free = recipe.free_when_resumed
+    fixed = [one.model_dump(exclude={*free, "name"}) for one in (before, recipe)]  # a folder may be called anew
+    if fixed[0] != fixed[1]:
+        odd = ", ".join(key for key in fixed[0] if fixed[0][key] != fixed[1][key])
         raise RunError(
-            f"{directory} was trained with another recipe ({path}): only its trainer section may change when it is "
-            "resumed. Resume with that one, or choose another name"
+            f"{directory} was trained with another recipe ({path}), which differs in {odd}: when a run is resumed only "
+            f"{', '.join(sorted(free))} may change. Resume with that one, or choose another name"
         )
     if (directory / DONE).is_file() and not _checkpoints(directory):
         raise RunError(
@@ -63,16 +65,17 @@ def refuse_another_run(directory: Path, recipe: Section, resume: bool) -> None:
 
 
 def refuse_fewer_steps(directory: Path, arguments: TrainingArguments) -> None:
-    """Make sure that no checkpoint in ``directory`` is beyond the steps that are asked for.
+    """Make sure that no checkpoint in ``directory`` is beyond the steps or epochs that are asked for.
 
     Raises:
         RunError: One is.
     """
+    by_steps = arguments.max_steps > 0
+    name, asked = ("max_steps", arguments.max_steps) if by_steps else ("num_train_epochs", arguments.num_train_epochs)
     for path, step in _checkpoints(directory).items():
-        if 0 < arguments.max_steps < step:
+        if (step if by_steps else _epoch(path)) > asked:
             raise RunError(
-                f"{path} is beyond max_steps: {arguments.max_steps}; raise that, or remove the checkpoints that are "
-                "too late"
+                f"{path} is beyond {name}: {asked:g}; raise that, or remove the checkpoints that are too late"
             )
 
 
@@ -199,6 +202,14 @@ def _fault(checkpoint: Path, arguments: TrainingArguments) -> str | None:
         if not zipfile.is_zipfile(checkpoint / name):
             return f"holds a damaged {name}"
     return None
+
+
+def _epoch(checkpoint: Path) -> float:
+    """Of a checkpoint; 0 where it does not say."""
+    try:
+        return float(json.loads((checkpoint / _STATE).read_text()).get("epoch") or 0.0)
+    except (OSError, ValueError):
+        return 0.0
 
 
 def _is_over(state: TrainerState, arguments: TrainingArguments) -> bool:

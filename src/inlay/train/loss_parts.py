@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from inlay.fastweight import InlayError
+from inlay.train.resuming import ResumableTrainer
 
 
 class TrainingError(InlayError, RuntimeError):
     """A loss is not a number."""
 
 
-class LossTrainer(Trainer):
+class LossTrainer(ResumableTrainer):
     """A ``Trainer`` whose evaluation is the loss and nothing else: its models give no logits to gather. What its
     checkpoints hold is loaded by ``_load_from_checkpoint`` alone."""
 

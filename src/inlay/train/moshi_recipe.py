@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
 
@@ -100,6 +100,11 @@ class MoshiEvaluateSection(Section):
 
 class MoshiRecipe(Section):
     """One training run of Moshi."""
+
+    free_when_resumed: ClassVar[frozenset[str]] = frozenset(
+        {"trainer", "optim", "max_norm", "max_steps", "log_freq", "do_eval", "eval_freq"}
+        | {"do_ckpt", "ckpt_freq", "num_ckpt_keep"}
+    )
 
     name: str = Field(pattern=r"^[\w+-][\w.+-]*$")
     """Names the run's directory."""

@@ -65,11 +65,12 @@ class MoshiTrainer(LossPartsTrainer, InlayTrainer):
             optimizer = optimizer or self.optimizer
             peaks = [group["lr"] for group in optimizer.param_groups]
             steps = max(2, num_training_steps)
+            rises = abs(self.pct_start * steps - 1) > 1e-6  # OneCycleLR divides by a rise of no step
             scheduler = OneCycleLR(
                 optimizer,
                 max_lr=peaks,
                 total_steps=steps,
-                pct_start=self.pct_start,
+                pct_start=self.pct_start if rises else 0.0,
                 cycle_momentum=self.muon is None,  # Muon's is no beta of AdamW's
             )
             self.lr_scheduler = scheduler

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from inlay.fastweight import Memory
 from inlay.train.monitor import PREFIX, MemoryMonitor
+from inlay.train.resuming import ResumableTrainer
 from inlay.train.weights import load_weights, save_weights
 
 
-class InlayTrainer(Trainer):
+class InlayTrainer(ResumableTrainer):
     """A ``Trainer`` that hands document ids to the memory and saves what was trained, not the frozen base.
 
     Checkpoints hold the memory and the base weights that took part in training (``memory/``) and PEFT adapters

@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -33,6 +33,7 @@ _OWNED = {
 
 
 _COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_WHOLE = (*_COUNTS, "max_steps")
 
 
 class RecipeError(InlayError, ValueError):
@@ -44,11 +45,14 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    free_when_resumed: ClassVar[frozenset[str]] = frozenset({"trainer"})
+    """Of a whole recipe: the sections in which a run that is resumed may differ from what it was before."""
+
 
 def check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments`` when transformers' ``TrainingArguments`` takes every one and none is the run's own to set.
 
-    A strategy that YAML read as false is the ``no`` that was written.
+    A strategy that YAML read as false is the ``no`` that was written, and ``1e3`` steps are 1,000.
 
     Raises:
         ValueError: Names the key, and what is meant or to be used in its place.
@@ -61,9 +65,18 @@ def check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"unknown key {key!r}{nearest(key, known)}")
         if _is_number(known[key]) and not _is_number(value):
             raise ValueError(f"{key} takes a number; got {value!r}")
+        if key in _WHOLE and value != int(value):
+            raise ValueError(f"{key} takes a whole number; got {value!r}")
         if key in _COUNTS and value < 1:
             raise ValueError(f"{key} is at least 1; got {value!r}")
-    return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in arguments.items()}
+    return {key: _meant(key, value) for key, value in arguments.items()}
+
+
+def _meant(key: str, value: Any) -> Any:
+    """What was written, of a value that YAML reads as something else."""
+    if value is False and key.endswith("_strategy"):
+        return "no"
+    return int(value) if key in _WHOLE else value
 
 
 def _is_number(value: object) -> bool:
@@ -108,7 +121,8 @@ def check_recipe(kind: type[R], raw: dict[str, Any], source: str = "recipe") -> 
 
 def dump_recipe(recipe: BaseModel) -> str:
     """The recipe as YAML that :func:`read_recipe` reads back to the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+    said = recipe.model_dump(mode="json", exclude_defaults=True)
+    return str(yaml.dump(said, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 class _Loader(yaml.SafeLoader):
@@ -124,11 +138,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that :class:`_Loader` would read as a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][-+]?\d+)$"),
+        list("-+0123456789."),
+    )
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

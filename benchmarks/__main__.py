@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.entry import Benchmark, Entry
+from benchmarks.measure import collect
 from inlay.report.document import replace_atomically
 
 BUSY = 0.75
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     results: dict[str, Any] = {}
     for name in options.entries or ENTRIES:
+        collect(device)
         wall, processor = time.perf_counter(), time.process_time()
         entry = _run(import_module(f"benchmarks.{name}").run, options.quick, device, console)
         share = (time.process_time() - processor) / (time.perf_counter() - wall) / torch.get_num_threads()

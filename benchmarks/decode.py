@@ -48,7 +48,18 @@ QUICK_ENDURANCE = Sizes(width=16, inner=24, layers=6, window=8, chunk_size=8, st
 
 
 def model_of(sizes: Sizes, device: torch.device) -> PreTrainedModel:
-    """A Mistral of random weights, without a memory."""
+    """The model that decodes, without a memory."""
+    model = mistral_of(sizes, sliding_window=sizes.window, max_position_embeddings=2 * sizes.steps)
+    return model.eval().to(device)
+
+
+def mistral_of(sizes: Any, **options: Any) -> MistralForCausalLM:
+    """A Mistral of random weights, always the same.
+
+    Args:
+        sizes: With ``width``, ``inner`` and ``layers``.
+        options: Of ``MistralConfig``.
+    """
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=1024,
@@ -57,10 +68,9 @@ def model_of(sizes: Sizes, device: torch.device) -> PreTrainedModel:
         num_hidden_layers=sizes.layers,
         num_attention_heads=max(1, sizes.width // 64),
         num_key_value_heads=max(1, sizes.width // 64),
-        sliding_window=sizes.window,
-        max_position_embeddings=2 * sizes.steps,
+        **options,
     )
-    return MistralForCausalLM(config).eval().to(device)
+    return MistralForCausalLM(config)
 
 
 def with_memory(model: PreTrainedModel, sizes: Sizes) -> PreTrainedModel:

@@ -13,6 +13,7 @@ packing buffers of the BLAS library, which every variant has. Nothing is sampled
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import tempfile
@@ -110,11 +111,20 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
     )
 
 
+def collect(device: torch.device) -> None:
+    """Free what nothing refers to: a memory and its hooks refer to each other, so a dead model waits for this."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def extra_bytes(step: Step, device: torch.device) -> int:
     """Bytes that ``step`` needs at its peak beyond what was there before and beyond the tensors it returns.
 
-    What was there before are its inputs; return outputs and gradients, and the rest is the extra memory.
+    What was there before are its inputs; return outputs and gradients, and the rest is the extra memory. What is dead
+    is freed first: freed within the step, it would be taken off CUDA's figure.
     """
+    collect(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

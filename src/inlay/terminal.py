@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -208,8 +207,7 @@ def memory_table(conversation: Conversation) -> Table:
 
 
 def _share(layer: FastWeightLinear, norm: float) -> str:
-    weight: Any = layer.weight
-    return f"{norm / float(weight.detach().float().norm()):.2%}" if weight.is_floating_point() else "W0 is quantized"
+    return f"{norm / float(layer.base_norm()):.2%}" if layer.weight.is_floating_point() else "W0 is quantized"
 
 
 @contextmanager

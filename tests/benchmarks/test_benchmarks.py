@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import operation
 from benchmarks.__main__ import ENTRIES, main
@@ -70,6 +71,21 @@ def test_extra_memory_counts_what_autograd_keeps() -> None:
 
     # The inner exponential, the cotangent, and the gradient between the two; the outer one and dx are results.
     assert extra_bytes(step, CPU) == 3 * 1000 * FLOAT
+
+
+def test_what_is_dead_is_freed_before_the_step_and_not_within_it() -> None:
+    module = nn.Linear(4, 4)
+    module.__dict__["itself"] = module
+    seen = weakref.ref(module)
+    del module
+    alive: list[bool] = []
+
+    def step() -> list[Tensor]:
+        alive.append(seen() is not None)
+        return [torch.ones(4).exp()]
+
+    extra_bytes(step, CPU)
+    assert alive == [False]
 
 
 def test_the_scans_extra_memory_is_one_weight_however_many_chunks() -> None:

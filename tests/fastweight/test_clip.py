@@ -121,6 +121,22 @@ def test_the_ratio_is_relative_to_the_norm_of_the_slow_weight() -> None:
     assert relative_error(limits["norm"], base) > 1e-6
 
 
+def test_updates_are_clipped_where_either_limit_is_set() -> None:
+    assert not LLAMA.config().clips
+    assert LLAMA.config(max_update_norm=1.0).clips
+    assert LLAMA.config(max_update_ratio=0.1).clips
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_base_norm_is_that_of_the_slow_weight_and_unknown_where_it_is_quantized(dtype: torch.dtype) -> None:
+    memory = inlay.attach(LLAMA.make().to(dtype), LLAMA.config())
+    layer = memory.layers[2]
+    expected = layer.weight.detach().double().square().sum().sqrt()
+    assert_close(layer.base_norm(), expected, 1e-12 if dtype == torch.float64 else 1e-6)
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    assert torch.isnan(layer.base_norm())
+
+
 def test_how_often_it_bit_is_counted_over_complete_chunks() -> None:
     """22 tokens in chunks of 4: five complete chunks a row, and a rest that is never written."""
     model, ids = LLAMA.make(), LLAMA.tokens(2, 22)

@@ -16,14 +16,13 @@ from torch import nn
 
 from inlay.doctor.findings import Finding
 from inlay.doctor.gradient_verdict import Clipping, judge, size_of
-from inlay.doctor.gradients import GradientNorms, GroupNorm, base_weights, gradient_norms
+from inlay.doctor.gradients import GradientNorms, GroupNorm, gradient_norms
 from inlay.doctor.measuring import next_token_target
 from inlay.doctor.trials import (
     CLIP,
     LARGER_INIT,
     Batch,
     Trial,
-    is_clipped,
     plan_trials,
     ratio,
     rounded,
@@ -162,7 +161,7 @@ def attribute_gradients(
             progress(done, len(plans))
         trials.append(plan.run(memory, model, batch, own))
     fresh = all(not bool(layer.target.conv.any()) for layer in memory.layers.values())
-    clipping = _clipping(memory, model, batch, own, trials, fresh) if is_clipped(memory.config) else None
+    clipping = _clipping(memory, model, batch, own, trials, fresh) if memory.config.clips else None
     if progress is not None:
         progress(len(plans), len(plans))
     by_effect = tuple(sorted(trials, key=lambda trial: -trial.effect))
@@ -193,7 +192,7 @@ def _largest_share(memory: Memory, longest: int) -> float | None:
     read = config.eta * (math.ceil(longest / config.chunk_size) - 1)
     if config.max_update_ratio is not None:
         return read * config.max_update_ratio
-    norms = [float(weight.detach().float().norm()) for weight in base_weights(memory) if weight.is_floating_point()]
+    norms = [float(layer.base_norm()) for layer in memory.layers.values() if layer.weight.is_floating_point()]
     return read * (config.max_update_norm or 0.0) / min(norms) if norms and min(norms) > 0 else None
 
 

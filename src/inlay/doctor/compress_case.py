@@ -153,6 +153,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.2g} %" if 0 < share < 0.1 else f"{100 * share:.0f} %"
 
 
+def squeezed(text: str) -> str:
+    """``text`` without spaces and case, to be compared."""
+    return "".join(text.split()).casefold()
+
+
 class ReadBack:
     """Says which token an embedding belongs to, from the embedding alone: nothing that made it is asked.
 

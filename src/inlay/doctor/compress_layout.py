@@ -17,7 +17,7 @@ from rich.cells import cell_len
 from torch import Tensor
 
 from inlay.data import QAExample
-from inlay.doctor.compress_case import Check, CompressCase, ReadBack, checks_table, faults
+from inlay.doctor.compress_case import Check, CompressCase, ReadBack, checks_table, faults, squeezed
 from inlay.doctor.findings import Finding, Severity
 from inlay.report import Code, Section, Text
 from inlay.softtoken.batches import NO_LABEL, GenerationBatch, TrainingBatch
@@ -248,7 +248,7 @@ def _question(case: CompressCase, rows: Sequence[_Row], examples: Sequence[QAExa
         return Check(title, "the layout leaves questions out, see Questions")
     for row, example in zip(rows, examples, strict=True):
         ids = [token.id for token in row.generation if token.id is not None]
-        if _as_read(case, example.question) not in _squeezed(
+        if _as_read(case, example.question) not in squeezed(
             case.layout.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         ):
             says = f"the question {_short(example.question)!r} is not whole in what answering starts from"
@@ -334,17 +334,13 @@ def _printable(token: str) -> str:
 
 
 def _alike(case: CompressCase, text: str, wanted: str) -> bool:
-    return _squeezed(text) in (_squeezed(wanted), _as_read(case, wanted))
+    return squeezed(text) in (squeezed(wanted), _as_read(case, wanted))
 
 
 def _as_read(case: CompressCase, text: str) -> str:
     """``text`` as it comes back from its tokens: a tokenizer may normalise it, or not know a word."""
     tokenizer = case.layout.tokenizer
-    return _squeezed(tokenizer.decode(tokenise(tokenizer, text, plain=True), clean_up_tokenization_spaces=False))
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split()).casefold()
+    return squeezed(tokenizer.decode(tokenise(tokenizer, text, plain=True), clean_up_tokenization_spaces=False))
 
 
 def _short(text: str) -> str:

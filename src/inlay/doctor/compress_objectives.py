@@ -17,6 +17,7 @@ from torch import nn
 
 from inlay.doctor.compress_case import Check, CompressCase, checks_table, faults, percent
 from inlay.doctor.findings import Finding, Severity
+from inlay.evaluate.scoring import evaluating
 from inlay.report import Section, Table
 from inlay.report.document import Align
 from inlay.report.numbers import Cell
@@ -92,19 +93,13 @@ def examine_objectives(case: CompressCase) -> Objectives:
     batch = case.batch(examples)
     task = case.task
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
-    modes = [(module, module.training) for module in task.modules()]
-    task.eval()
     parts: list[ObjectiveLoss] = []
-    try:
+    with evaluating(task), torch.enable_grad():
         for stage in stages(case.recipe):
             for name, weight in stage.weights.items():
-                with torch.enable_grad():
-                    loss, _ = task(**batch, weights={name: 1.0}, ratio=case.ratio)
-                    norm = _gradient(loss, trained)
+                loss, _ = task(**batch, weights={name: 1.0}, ratio=case.ratio)
+                norm = _gradient(loss, trained)
                 parts.append(ObjectiveLoss(stage.name, name, weight, float(loss.detach()), norm))
-    finally:
-        for module, mode in modes:
-            module.training = mode
     lengths = sorted(map(len, case.answers["training"]))
     mean, long = sum(lengths) / len(lengths), lengths[math.ceil(0.95 * len(lengths)) - 1]
     weights = case.recipe.objectives.weights

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from inlay.data import QAExample
 from inlay.doctor.compress_case import CompressCase, Steps
 from inlay.doctor.findings import Finding, Severity
+from inlay.evaluate.scoring import evaluating
 from inlay.report import Section, Table, Text, training_curves
 from inlay.report.document import Item
 from inlay.softtoken.objectives import OBJECTIVES, ObjectiveInputs, answer
@@ -303,8 +304,6 @@ def _given_back(case: CompressCase) -> Iterator[list[nn.Parameter]]:
     task = case.task
     known = {id(parameter): parameter for parameter in task.parameters()}
     flags = {key: parameter.requires_grad for key, parameter in known.items()}
-    modes = [(module, module.training) for module in task.modules()]
-    task.eval()
     try:
         if not case.decoder_trained:
             for parameter in known.values():
@@ -312,7 +311,8 @@ def _given_back(case: CompressCase) -> Iterator[list[nn.Parameter]]:
         trained = [parameter for parameter in known.values() if parameter.requires_grad]
         before = [parameter.detach().clone() for parameter in trained]
         try:
-            yield trained
+            with evaluating(task):
+                yield trained
         finally:
             with torch.no_grad():
                 for parameter, value in zip(trained, before, strict=True):
@@ -320,8 +320,6 @@ def _given_back(case: CompressCase) -> Iterator[list[nn.Parameter]]:
     finally:
         for key, parameter in known.items():
             parameter.requires_grad_(flags[key])
-        for module, mode in modes:
-            module.training = mode
 
 
 def _spelled(tokens: Sequence[str]) -> str:

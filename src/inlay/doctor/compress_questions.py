@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from inlay.data import FactsDataset, QAExample
-from inlay.doctor.compress_case import Check, CompressCase, checks_table, faults, percent
+from inlay.doctor.compress_case import Check, CompressCase, checks_table, faults, percent, squeezed
 from inlay.doctor.findings import Finding, Severity
 from inlay.evaluate.compress_methods import CUTS, Budget, cut_to
 from inlay.report import Section
@@ -65,7 +65,7 @@ def examine_questions(case: CompressCase) -> Questions:
     answers = [[example.answers[:1] for example in asked] for asked in by_context.values()]
     best = sum(max(map(given.count, given)) for given in answers) / len(examples)
     contradicted = sum(len(given) for given in answers if len(set(given)) > 1)
-    inside = [one for one in examples if _squeezed(one.question) in _squeezed(one.context)]
+    inside = [one for one in examples if squeezed(one.question) in squeezed(one.context)]
     lost = _lost(case, inside)
     asked = case.layout.layout.question is not None
     checks = (_asked(asked, len(examples), contradicted, best), _inside(len(examples), len(inside), lost))
@@ -94,13 +94,13 @@ def _lost(case: CompressCase, inside: Sequence[QAExample]) -> dict[str, int]:
     for example in inside:
         whole = tuple(tokenise(tokenizer, example.context, plain=True))
         ids_of_question = tokenise(tokenizer, example.question, plain=True)
-        asked = _squeezed(tokenizer.decode(ids_of_question, clean_up_tokenization_spaces=False))
+        asked = squeezed(tokenizer.decode(ids_of_question, clean_up_tokenization_spaces=False))
         kept = whole[:limit]
         left = {f"context_tokens: {limit}": kept} if limit is not None else {}
         left |= {name: cut(kept) for name, cut in cuts.items()}
         for name, ids in left.items():
             text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
-            lost[name] += asked not in _squeezed(text)
+            lost[name] += asked not in squeezed(text)
     return lost
 
 
@@ -131,7 +131,3 @@ def _inside(count: int, inside: int, lost: dict[str, int]) -> Check:
     fix = "take the question out of data.context_field and let layout.question set it behind the memory"
     severity = Severity.FATAL if by_limit else Severity.WARNING
     return Check(title, says, Finding("questions.inside_context", severity, says, fix))
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split()).casefold()

@@ -267,7 +267,7 @@ def _run(subject: Subject, model: nn.Module, step: TrainingStep, allocations: Al
 def _shorten(layer: FastWeightLinear, args: tuple[Tensor]) -> None:
     """Let the scan walk a few chunks only: each needs the same memory, and none is kept."""
     context, (z,) = layer.holder.current, args
-    if context is None or layer.config.max_update_norm is not None or layer.config.max_update_ratio is not None:
+    if context is None or layer.config.clips:
         return  # clipping counts the chunks
     layout = context.layout(z, layer.config.chunk_size)
     if layout.chunks > _CHUNKS:

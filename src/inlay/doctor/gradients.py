@@ -247,7 +247,7 @@ def _reading(layouts: Iterable[tuple[ChunkLayout, int, torch.device]]) -> Readin
 
 
 def _clip_rate(memory: Memory) -> float | None:
-    if memory.config.max_update_norm is None and memory.config.max_update_ratio is None:
+    if not memory.config.clips:
         return None
     counted = [layer.statistics for layer in memory.layers.values()]
     return sum(int(one.clipped) for one in counted) / max(1, sum(int(one.updates) for one in counted))

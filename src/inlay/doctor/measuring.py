@@ -232,17 +232,13 @@ def _power(x: Tensor) -> Tensor:
 
 def chunk_table(layout: ChunkLayout, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Of every chunk ``[B, N]``: the updates in the sum that it reads, its tokens, and whether it is complete."""
-
-    def column(flag: Tensor | bool | None) -> Tensor:
-        return flag if isinstance(flag, Tensor) else torch.full((rows,), bool(flag), device=device)
-
+    resets, written = layout.flags(rows, device)
     reads = []
     held = torch.zeros(rows, dtype=torch.long, device=device)
-    for resets, writes in zip(layout.resets, layout.writes, strict=True):
-        held = held.masked_fill(column(resets), 0)
+    for emptied, writes in zip(resets.unbind(1), written.unbind(1), strict=True):
+        held = held.masked_fill(emptied, 0)
         reads.append(held)
-        held = held + column(writes)
-    written = torch.stack([column(writes) for writes in layout.writes], 1)
+        held = held + writes
     if layout.source is not None:
         slots = layout.source.view(rows, layout.chunks, layout.chunk_size)
         tokens = (slots < layout.chunk_size + layout.tokens).sum(-1)

@@ -19,7 +19,8 @@ from inlay.data.recall import RecallDataset
 from inlay.data.tokenizer import load_tokenizer
 from inlay.doctor.dry_run import Model, Optimizer, PlanError, TrainingStep, dry_run
 from inlay.doctor.plan_report import GB, TIGHT, Alternative, LengthCost, RecipePlan
-from inlay.doctor.plan_step import MOST_TOKENS, LongestFit, MemoryPlan, chunks_of, longest_tokens, plan_memory
+from inlay.doctor.plan_step import MOST_TOKENS, LongestFit, MemoryPlan, longest_tokens, plan_memory
+from inlay.doctor.reach_plan import chunks_in
 from inlay.fastweight import FastWeightConfig
 from inlay.train.recipe import Recipe, RecipeError
 
@@ -137,7 +138,7 @@ def plan_step(
             alternatives = tuple(Alternative(text, peak(changed)) for text, changed in changes.items())
     lengths = []
     for tokens in sorted({min(most_tokens, max(1, int(step.tokens * factor))) for factor in _LENGTHS}):
-        chunks = chunks_of(tokens, memory)
+        chunks = chunks_in(tokens, memory.chunk_size)
         lengths.append(
             LengthCost(
                 tokens=tokens,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from inlay.doctor.dry_run import Model, Trace, TrainingStep, dry_run
 from inlay.doctor.plan_allocations import KINDS, Kind, Moment
+from inlay.doctor.reach_plan import chunks_in
 from inlay.fastweight import FastWeightConfig
 
 PORT_COPIES = 5
@@ -96,7 +97,7 @@ def plan_memory(model: Model, memory: FastWeightConfig, step: TrainingStep) -> M
     trace = dry_run(model, memory, step)
     return MemoryPlan(
         step=step,
-        chunks=chunks_of(step.tokens, memory),
+        chunks=chunks_in(step.tokens, memory.chunk_size),
         peak_bytes=trace.peak.total,
         parts=dict(zip(KINDS, trace.peak.held, strict=True)),
         when=_in_words(trace.peak),
@@ -166,14 +167,9 @@ def longest_tokens(
     )
 
 
-def chunks_of(tokens: int, memory: FastWeightConfig) -> int:
-    """Chunks of a row of ``tokens`` tokens that is one document."""
-    return -(-tokens // memory.chunk_size)
-
-
 def materialised_bytes(trace: Trace, memory: FastWeightConfig, step: TrainingStep) -> int:
     """One copy of all chunks' updates of all memory layers in float32, had they been made: Σ n·B·D·F·4."""
-    chunks = chunks_of(step.tokens, memory)
+    chunks = chunks_in(step.tokens, memory.chunk_size)
     return sum(4 * chunks * step.batch_size * width * inner for width, inner in trace.shapes)
 
 

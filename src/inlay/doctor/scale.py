@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -201,7 +200,7 @@ def examine_scale(memory: Memory, model: nn.Module, batch: Mapping[str, Tensor])
 
 def _layer_scale(layer: FastWeightLinear, seen: Observation, eta: float) -> LayerScale:
     walked = trace_layer(seen, eta)
-    base_norm = _norm(layer.weight)
+    base_norm = float(layer.base_norm())
     finite = bool(torch.isfinite(seen.output).all()) and all(map(math.isfinite, walked.sum_norm))
     return LayerScale(
         block=layer.index,
@@ -236,10 +235,6 @@ def _update_growth(norms: Sequence[float]) -> float:
     quarter = max(1, len(norms) // 4)
     first, last = sum(norms[:quarter]), sum(norms[-quarter:])
     return last / first if first > 0 else 1.0
-
-
-def _norm(weight: Any) -> float:
-    return float(weight.detach().float().norm()) if weight.is_floating_point() else math.nan
 
 
 def _clip_rate(seen: Observation) -> float | None:

@@ -222,7 +222,6 @@ def recommend_step_size(memory: Memory, model: nn.Module, batch: Mapping[str, Te
         batch: ``input_ids`` ``[B, T]`` and what else :func:`inlay.data.collate` gives.
     """
     config = memory.config
-    clips = config.max_update_norm is not None or config.max_update_ratio is not None
 
     def measure() -> dict[int, LayerTrace]:
         return observe(memory, model, batch, lambda layer, seen: trace_layer(seen, eta=0.0))
@@ -230,7 +229,7 @@ def recommend_step_size(memory: Memory, model: nn.Module, batch: Mapping[str, Te
     with memory.using(eta=0.0):
         own = measure()
         with next_token_target(memory):
-            clipped = measure() if clips else None
+            clipped = measure() if config.clips else None
             with memory.using(max_update_norm=None, max_update_ratio=None):
                 unit = measure()
     layers = []
@@ -251,7 +250,7 @@ def recommend_step_size(memory: Memory, model: nn.Module, batch: Mapping[str, Te
         low=aim / figure / BAND if figure else math.nan,
         high=aim / figure * BAND if figure else math.nan,
         chunk_size=config.chunk_size,
-        clips=clips,
+        clips=config.clips,
         layers=tuple(layers),
     )
 

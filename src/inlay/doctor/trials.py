@@ -158,13 +158,8 @@ def rounded(value: float) -> str:
     return short(float(f"{value:.2e}"))
 
 
-def is_clipped(config: FastWeightConfig) -> bool:
-    """Whether updates are clipped."""
-    return config.max_update_norm is not None or config.max_update_ratio is not None
-
-
 def _clip(config: FastWeightConfig) -> Plan:
-    if not is_clipped(config):
+    if not config.clips:
         return Plan(CLIP, f"on (‖Δ‖ ≤ {PORT_CLIP:g})", changes={"max_update_norm": PORT_CLIP})
     key = "max_update_norm" if config.max_update_norm is not None else "max_update_ratio"
     return Plan(CLIP, "off", f"set memory.{key}: null", {key: None})
@@ -177,7 +172,7 @@ def _init(config: FastWeightConfig) -> list[Plan]:
     std = config.init.normal
     if std < USUAL_STD:
         larger = replace(larger, fix=f"set memory.init: {{normal: {USUAL_STD:g}}}", shortfall=USUAL_STD / std)
-    if not is_clipped(config):  # clipped, a smaller init only hides the clip
+    if not config.clips:  # clipped, a smaller init only hides the clip
         smaller = replace(smaller, fix=f"set memory.init: {{normal: {std / 100:g}}}")
     return [larger, smaller]
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def layer_vitals(layer: FastWeightLinear, seen: Observation) -> LayerVitals:
     output = layout.pack(seen.output)
     part, whole = (torch.linalg.vector_norm(x, dim=-1, dtype=fast.dtype) * reads for x in (fast, output))
     return LayerVitals(
-        sum_norm=eta * torch.linalg.vector_norm(total) / rows**0.5 / _norm(layer.weight),
+        sum_norm=eta * torch.linalg.vector_norm(total) / rows**0.5 / layer.base_norm(),
         output_share=torch.linalg.vector_norm(part) / torch.linalg.vector_norm(whole),
         dead_chunks=first.sum() / used.sum(),
     )
@@ -85,14 +85,6 @@ def _chunk_flags(layout: ChunkLayout, rows: int, device: torch.device) -> tuple[
     else:
         opening = layout.source.view(rows, layout.chunks, layout.chunk_size)[..., 0]
         used = opening < layout.chunk_size + layout.tokens
-    none = torch.zeros(rows, dtype=torch.bool, device=device)
-    first = torch.stack([none if resets is None else resets for resets in layout.resets], dim=1)
+    first, _ = layout.flags(rows, device)
     first[:, 0] = True
     return used, first & used
-
-
-def _norm(weight: Any) -> Tensor:
-    """‖W‖ (Frobenius) in float32; NaN for one that is held quantized."""
-    if not weight.is_floating_point():
-        return torch.full((), float("nan"), device=weight.device)
-    return torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32))

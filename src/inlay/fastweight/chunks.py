@@ -53,15 +53,19 @@ class ChunkLayout:
         """Whether packed and unpacked order are the same."""
         return self.source is None
 
-    def committed(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The chunks of this call that are in their row's sum after it, ``[B, N]`` bool, and the rows whose sum was
-        emptied on the way, ``[B]`` bool."""
+    def flags(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``resets`` and ``writes`` as tensors, ``[B, N]`` bool each."""
 
         def column(flag: Tensor | bool | None) -> Tensor:
             return flag if isinstance(flag, Tensor) else torch.full((batch,), bool(flag), device=device)
 
-        resets = torch.stack([column(flag) for flag in self.resets], dim=1)
-        writes = torch.stack([column(flag) for flag in self.writes], dim=1)
+        resets, writes = (torch.stack([column(flag) for flag in flags], 1) for flags in (self.resets, self.writes))
+        return resets, writes
+
+    def committed(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The chunks of this call that are in their row's sum after it, ``[B, N]`` bool, and the rows whose sum was
+        emptied on the way, ``[B]`` bool."""
+        resets, writes = self.flags(batch, device)
         emptied_later = (resets.flip(1).cumsum(1).flip(1) - resets.long()) > 0
         return writes & ~emptied_later, resets.any(1)
 

@@ -96,6 +96,11 @@ class FastWeightConfig(BaseModel):
             raise ValueError("max_update_norm and max_update_ratio are two ways to say one thing; set one of them")
         return self
 
+    @property
+    def clips(self) -> bool:
+        """Whether updates are clipped."""
+        return self.max_update_norm is not None or self.max_update_ratio is not None
+
     def layer_indices(self, blocks: int) -> list[int]:
         """The blocks that get a memory in a model of ``blocks`` blocks, ascending.
 

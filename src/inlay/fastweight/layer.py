@@ -131,6 +131,13 @@ class FastWeightLinear(nn.Linear):
         """The memory's own parameters by name: ``conv`` ``[D, K]`` and ``projection`` ``[D, D]``."""
         return self.target.named_parameters()
 
+    def base_norm(self) -> Tensor:
+        """‖W0‖ (Frobenius), without a dimension, in float32 (float64 for float64); NaN where W0 is held quantized."""
+        weight = self.weight.detach()
+        if not weight.is_floating_point():
+            return torch.full((), float("nan"), device=weight.device)
+        return weight.to(torch.promote_types(weight.dtype, torch.float32)).norm()
+
     def forward(self, z: Tensor) -> Tensor:
         """``[B, T, F]`` to ``[B, T, D]``, in the dtype the original module gives."""
         if not self.enabled:
@@ -269,9 +276,7 @@ class FastWeightLinear(nn.Linear):
     def _targets(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Targets ``[B, T', D]`` of tokens in chunk order, clipped if so configured, and the scales of the clipping."""
         v = self.target(x).to(z.dtype)
-        if self.config.max_update_norm is None and self.config.max_update_ratio is None:
-            return v, None
-        return self._clip(z, v)
+        return self._clip(z, v) if self.config.clips else (v, None)
 
     def _clip(self, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         limit: float | Tensor
@@ -279,7 +284,7 @@ class FastWeightLinear(nn.Linear):
             limit = self.config.max_update_norm
         else:
             assert self.config.max_update_ratio is not None
-            limit = self.config.max_update_ratio * self.weight.detach().float().norm()
+            limit = self.config.max_update_ratio * self.base_norm()
         return clip_targets(z, v, self.config.chunk_size, limit)
 
     def extra_repr(self) -> str:

@@ -84,7 +84,7 @@ class CommitLog:
         assert memory is not None
         self._eta = memory.config.eta
         self._frame_rate = frame_rate
-        self._weights = {i: float(memory.layers[i].weight.detach().float().norm()) for i in self._steps.layers}
+        self._weights = {i: float(memory.layers[i].base_norm()) for i in self._steps.layers}
         self.commits: list[Commit] = []
         self._chunks: list[int] = self._steps.chunks.tolist()
         self._norms = {index: norm.tolist() for index, norm in self._steps.sum_norms().items()}

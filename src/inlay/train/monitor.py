@@ -172,7 +172,7 @@ class MemoryMonitor(TrainerCallback):
             measured["sum_norm", index] = vitals.sum_norm
             measured["output_share", index] = vitals.output_share
             measured["dead_chunks", index] = vitals.dead_chunks
-        if self._clips:
+        if self.memory.config.clips:
             for index, layer in self.memory.layers.items():
                 measured["clipped", index] = layer.statistics.clipped
                 measured["updates", index] = layer.statistics.updates
@@ -187,17 +187,12 @@ class MemoryMonitor(TrainerCallback):
                 result |= _with_blocks(name, sum(by_block.values()) / len(by_block), by_block)
         if "dead_chunks" in values:  # of the chunk grid that all layers share
             result["dead_chunks"] = next(iter(values["dead_chunks"].values()))
-        if self._clips:
+        if self.memory.config.clips:
             self.memory.clear_statistics()
             clipped, updates = values["clipped"], values["updates"]
             rates = {index: clipped[index] / max(1.0, updates[index]) for index in clipped}
             result |= _with_blocks("clip_rate", sum(clipped.values()) / max(1.0, sum(updates.values())), rates)
         return result
-
-    @property
-    def _clips(self) -> bool:
-        config = self.memory.config
-        return config.max_update_norm is not None or config.max_update_ratio is not None
 
     def _judge(self, args: TrainingArguments, state: TrainerState) -> str | None:
         """The warning, the one time it is due."""

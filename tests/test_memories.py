@@ -21,7 +21,7 @@ from inlay.evaluate.scoring import EvaluationError
 from inlay.softtoken.layout import PromptLayout
 from inlay.train.directory import RunError
 from inlay.train.memories_recipe import MemoriesRecipe
-from inlay.train.yaml_recipe import RecipeError, check_recipe, read_recipe
+from inlay.train.yaml_recipe import RecipeError, check_recipe, dump_recipe, read_recipe
 from tests.softtoken.local import words
 
 DATA = {"source": "facts", "facts": 4, "questions": 4, "tails": 16, "nouns": 24, "adjectives": 6, "eval_examples": 16}
@@ -102,6 +102,28 @@ def test_both_are_trained_and_asked_at_equal_bytes_and_only_once(decoder: Path, 
     assert json.loads((tmp_path / "both" / "memories.json").read_text()) == figures
     with pytest.raises(RunError, match="another recipe"):
         inlay("evaluate", "--memories", path, "seed=1", "--runs", tmp_path)
+
+
+def test_bytes_are_equal_in_the_dtype_of_the_decoder(decoder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "half.yaml"
+    path.write_text(yaml.safe_dump(raw(decoder, lm={"name_or_path": str(decoder), "dtype": "bfloat16"})))
+    inlay("evaluate", "--memories", path, "--runs", tmp_path)
+    ways = json.loads((tmp_path / "both" / "memories.json").read_text())["tasks"][0]["ways"]
+    fast, soft = (next(way for way in ways if way["way"] == name) for name in (FAST_WEIGHTS, SOFT_TOKENS))
+    slot = 2 * WIDTH
+    assert soft["state_bytes"] == slot * soft["slots"]
+    assert abs(soft["state_bytes"] - fast["state_bytes"]) <= slot / 2
+
+
+@pytest.mark.parametrize("form", ["embeddings", "kv"])
+@pytest.mark.parametrize("kind", ["encoder-pool", "encoder-tokens", "crossattention"])
+def test_a_comparison_survives_the_round_trip_with_every_kind(tmp_path: Path, kind: str, form: str) -> None:
+    sections = {"soft_tokens": {"compressor": {"kind": kind, "form": form}}, "layout": {"bos": False}}
+    recipe = check_recipe(MemoriesRecipe, raw(Path("x"), **sections))
+    assert recipe.soft_tokens.compressor.kind == kind
+    path = tmp_path / "both.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert read_recipe(MemoriesRecipe, path) == recipe
 
 
 def test_keys_and_values_are_counted_by_what_the_cache_holds(decoder: Path, tmp_path: Path) -> None:
@@ -196,6 +218,16 @@ def test_the_verdict_says_who_is_better_only_where_it_is_shown_and_who_did_not_l
         "numbers: fast weights, another context",
     ]
     assert list(section.items[0].verdicts)[:3] == ["neutral", "good", "neutral"]  # type: ignore[union-attr]
+
+
+def test_saying_that_there_is_no_answer_is_right_where_there_is_none() -> None:
+    layout = PromptLayout(bos=False).bind(words())
+    examples = [QAExample("a", "3", "Who?", ("3",)), QAExample("b", "4", "Who?", ())]
+    said = {str(layout.context_ids("3")[0]): "3", str(layout.context_ids("4")[0]): "Unanswerable."}
+    (scores,) = measure_ways([Way(FULL_TEXT, answers(said, 8))], layout, examples, cache_bytes_per_slot=10)
+    assert scores.scores.unanswerable is not None
+    assert scores.scores.unanswerable.exact_match.mean == 1
+    assert scores.scores.exact_match == 1
 
 
 def test_a_control_needs_another_context() -> None:

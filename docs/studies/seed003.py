@@ -41,7 +41,7 @@ from inlay.memories import keep_decoder
 from inlay.report import Table
 from inlay.report.console import rich_table
 from inlay.report.jsonfile import plain, write_json
-from inlay.softtoken.prompting import evaluating
+from inlay.softtoken.prompting import in_eval_mode
 from inlay.train.base_lm import full_text_exact_match
 from inlay.train.compress import CompressRun, load_compress_run, train_compressor
 from inlay.train.compress_recipe import CompressRecipe, load_compress_recipe, parse_compress_recipe
@@ -253,7 +253,7 @@ def score(
     """The answers that an arm gives, and their scores."""
     layout, size = recipe.layout.bind(run.tokenizer), recipe.evaluate.batch_size
     given: list[str] = []
-    with evaluating(run.model), evaluating(run.compressor):
+    with in_eval_mode(run.model), in_eval_mode(run.compressor):
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
             contexts = [layout.context_ids(one.context, recipe.context_tokens) for one in part]

@@ -28,6 +28,8 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
 ) -> None:
     """Train the compressor of a recipe; everything about the run lands in RUNS/NAME."""
+    from accelerate import PartialState
+
     from inlay.train.compress import train_compressor
     from inlay.train.compress_recipe import load_compress_recipe
     from inlay.train.compress_report import write_compress_report
@@ -35,6 +37,8 @@ def train(
     loaded = load_compress_recipe(recipe, overrides or ())
     directory = runs / loaded.name
     train_compressor(loaded, directory, resume=resume, console=console)
+    if not PartialState().is_main_process:
+        return
     console.print(f"report: {write_compress_report(directory)}", soft_wrap=True)
 
 

@@ -13,18 +13,18 @@ of soft tokens is settled when the fast weights are there: it is what a session'
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import Progress
 
 from inlay.data import QAConfig, QAExample, load_qa
+from inlay.data.whole import save_whole
 from inlay.evaluate.compress_measuring import cache_bytes_per_slot
 from inlay.evaluate.compress_methods import Budget, Ids, compressing_writer, context_ids, padded_ids, text_writer
 from inlay.evaluate.memories import (
@@ -78,8 +78,13 @@ def compare_memories(
         RunError: ``directory`` holds another comparison.
     """
     refuse_another_run(directory, recipe, resume=True)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / RECIPE).write_text(dump_recipe(recipe))
+    processes = PartialState()
+    processes.wait_for_everyone()  # all have looked before one of them writes
+    if processes.is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / RECIPE).write_text(dump_recipe(recipe))
+    else:
+        console = Console(quiet=True)
     # Of every task before anything is trained: data that cannot be had should not be found out after minutes.
     asked = {task: _asked(recipe, section.data) for task, section in recipe.tasks.items()}
     found = []
@@ -91,9 +96,10 @@ def compare_memories(
         soft = _compress(compression, place / SOFT_TOKENS.replace(" ", "-"), task, console)
         found.append(_measure(recipe, task, decoder, reading, soft, examples, progress(task)))
     evaluation = MemoriesEvaluation(tuple(found))
-    print_section(console, evaluation.section())
-    console.print(f"figures: {evaluation.write(directory / FIGURES)}", soft_wrap=True)
-    console.print(f"report: {_report(recipe, directory, evaluation)}", soft_wrap=True)
+    if processes.is_main_process:
+        print_section(console, evaluation.section())
+        console.print(f"figures: {evaluation.write(directory / FIGURES)}", soft_wrap=True)
+        console.print(f"report: {_report(recipe, directory, evaluation)}", soft_wrap=True)
     return evaluation
 
 
@@ -138,11 +144,15 @@ def keep_decoder(recipe: CompressRecipe, place: Path, console: Console) -> str:
         from inlay.train.base_lm import build_base_lm
 
         model, tokenizer = build_base_lm(recipe, console)
-        new = place.with_name(f".{place.name}")
-        shutil.rmtree(new, ignore_errors=True)  # left by a call that was stopped
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        os.replace(new, place)
+
+        def save(new: Path) -> None:
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+
+        processes = PartialState()
+        if processes.is_main_process:
+            save_whole(place, save)
+        processes.wait_for_everyone()
     return str(place)
 
 

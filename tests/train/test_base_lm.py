@@ -49,6 +49,17 @@ def test_it_is_trained_once_and_then_taken_from_the_cache(tmp_path: Path) -> Non
     assert base_outcome(recipe(), cache_dir=tmp_path).steps == 6  # type: ignore[union-attr]
 
 
+def test_a_decoder_without_its_weights_is_trained_anew(tmp_path: Path) -> None:
+    """What was left where only the first of two processes could save: base.json and the tokenizer."""
+    first, _ = built(tmp_path)
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        next(tmp_path.rglob(name)).unlink()
+    assert base_outcome(recipe(), cache_dir=tmp_path) is None
+    again, _ = built(tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
+    assert base_outcome(recipe(), cache_dir=tmp_path) is not None
+
+
 def test_another_recipe_is_another_model(tmp_path: Path) -> None:
     built(tmp_path)
     assert base_outcome(recipe("seed=1"), cache_dir=tmp_path) is None

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import socket
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
@@ -17,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from inlay.data import FactsConfig, FactsDataset, QAExample, facts_tokenizer, load_qa
 from inlay.softtoken.compressors import CompressorError
 from inlay.softtoken.errors import LayoutError
+from inlay.train import base_lm
 from inlay.train.compress import (
     CompressionTask,
     CompressRun,
@@ -105,6 +112,28 @@ def figures(directory: Path) -> list[dict[str, Any]]:
         for line in read_metrics(directory / "metrics.jsonl")
         if "loss" in line
     ]
+
+
+def in_two_processes(work: Callable[[int], object]) -> None:
+    """Call ``work`` with 0 and with 1, each in a process as torchrun starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def one(rank: int) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, of one process
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        work(rank)
+        torch.distributed.destroy_process_group()
+
+    both = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+        process.kill()  # one whose partner has failed waits for it
+    assert [process.exitcode for process in both] == [0, 0]
 
 
 class StoppedError(Exception):
@@ -401,6 +430,40 @@ def test_a_decoder_that_was_trained_here_is_part_of_the_run(
     plain = LlamaForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert base_weights(plain).keys() == before.keys()
     assert run.tokenizer.get_vocab() == facts_tokenizer(FACTS).get_vocab()
+
+
+def test_of_two_processes_the_first_trains_the_decoder_and_writes_for_both(
+    tmp_path: Path, decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INLAY_CACHE", str(tmp_path / "cache"))
+    train_base_lm = base_lm.train_base_lm
+
+    def slowly(asked: CompressRecipe, console: Any) -> Any:
+        made = train_base_lm(asked, console)
+        time.sleep(0.5)  # the second would be first to save
+        return made
+
+    asked = recipe(
+        decoder,
+        {"max_steps": 2, "save_strategy": "no"},
+        decoder={"config": {"model_type": "llama", **DECODER}},
+        base={"stages": [{"max_steps": 1}], "batch_size": 4, "eval_examples": 2},
+        pretraining={"max_steps": 1},
+    )
+
+    def work(rank: int) -> None:
+        base_lm.train_base_lm = slowly if rank == 0 else train_base_lm
+        train_compressor(asked, tmp_path / "run")
+        assert (tmp_path / "run" / "finished").is_file()
+        load_compress_run(tmp_path / "run", device="cpu")
+
+    in_two_processes(work)
+    (cached,) = (tmp_path / "cache" / "base-lms").iterdir()
+    kept, ours = (
+        LlamaForCausalLM.from_pretrained(place).state_dict() for place in (cached, tmp_path / "run" / "model")
+    )
+    assert all(torch.equal(kept[name], weight) for name, weight in ours.items())
+    assert [line["step"] for line in figures(tmp_path / "run")] == [1, 2]
 
 
 def test_a_layout_that_does_not_go_with_the_memory_is_refused_before_anything_is_written(

@@ -78,6 +78,22 @@ def test_an_unknown_key_in_a_list_is_named_with_its_neighbour() -> None:
             {"compressor": {"form": "kv"}, "trainer": {"gradient_checkpointing": True}},
             "form kv is lost under gradient_checkpointing",
         ),
+        (
+            {
+                "compressor": {"form": "kv"},
+                "pretraining": {"max_steps": 1, "trainer": {"gradient_checkpointing": True}},
+                "trainer": {"gradient_checkpointing": False},
+            },
+            "take it out of pretraining.trainer",
+        ),
+        (
+            {
+                "compressor": {"form": "kv"},
+                "pretraining": {"max_steps": 1, "trainer": {"gradient_checkpointing": False}},
+                "trainer": {"gradient_checkpointing": True},
+            },
+            "take it out of trainer",
+        ),
         ({"evaluate": {"ratios": [4, 16]}}, "evaluate.ratios: [16] not among compressor.ratios [4, 8]"),
         ({"layout": {"question": "no place"}}, "layout.question"),
         ({"train_ratios": [4, 2]}, "train_ratios: [2] not among compressor.ratios [4, 8]"),
@@ -88,6 +104,10 @@ def test_an_unknown_key_in_a_list_is_named_with_its_neighbour() -> None:
         ),
         ({"compressor": {"slots": 4}, "train_ratios": [4]}, "compressor.slots fixes the slots"),
         ({"muon": 0.01, "trainer": {"optim": "sgd"}}, "take optim out of trainer"),
+        (
+            {"muon": 0.01, "pretraining": {"max_steps": 1, "trainer": {"optim": "sgd"}}},
+            "take optim out of pretraining.trainer",
+        ),
     ],
 )
 def test_a_wrong_value_is_named(change: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import nn
 
 from inlay.fastweight import FastWeightConfig, attach
 from inlay.softtoken.layout import PromptLayout
+from inlay.train import reading
 from inlay.train.compress_data import tokenise_contexts
-from inlay.train.directory import RunError
+from inlay.train.directory import RunError, begin_run
 from inlay.train.reading import (
     ReadingRecipe,
     ReadingTask,
@@ -23,10 +25,11 @@ from inlay.train.reading import (
     train_reading,
 )
 from inlay.train.trainer import read_metrics
+from inlay.train.weights import save_weights
 from inlay.train.yaml_recipe import RecipeError, check_recipe
 from tests.closeness import assert_close
 from tests.softtoken.local import llama, words
-from tests.train.test_compress import DATA, build_decoder, decoder  # noqa: F401
+from tests.train.test_compress import DATA, build_decoder, decoder, in_two_processes  # noqa: F401
 
 MEMORY = {"layers": [-1], "chunk_size": 4, "eta": 0.5, "init": "next_token", "normalize_target": True}
 LAYOUT = PromptLayout(bos=False, question="{question}", anchor="Answer", answer_tokens=4)
@@ -50,7 +53,14 @@ def task(seed: int = 0, **changes: Any) -> ReadingTask:
 
 
 def recipe(place: Path, **changes: Any) -> ReadingRecipe:
-    raw = {"name": "run", "decoder": str(place), "memory": MEMORY, "lora": {"r": 2}, "data": DATA, "trainer": TRAINER}
+    raw = {
+        "name": "run",
+        "decoder": {"name_or_path": str(place)},
+        "memory": MEMORY,
+        "lora": {"r": 2},
+        "data": DATA,
+        "trainer": TRAINER,
+    }
     return check_recipe(ReadingRecipe, raw | {"questions_per_context": 2} | changes)
 
 
@@ -175,8 +185,41 @@ def test_a_run_goes_on_where_it_stopped_and_is_loaded_as_it_was(tmp_path: Path, 
         load_reading_run(tmp_path / "cut")
 
 
+def test_of_two_processes_the_first_writes_for_both(tmp_path: Path, decoder: Path) -> None:  # noqa: F811
+    asked = recipe(decoder, trainer=TRAINER | {"max_steps": 2, "per_device_train_batch_size": 2})
+
+    def slowly(*given: Any) -> None:
+        time.sleep(0.5)
+        save_weights(*given)
+
+    def never(*given: Any) -> None:
+        raise AssertionError("both write")
+
+    def work(rank: int) -> None:
+        reading.save_weights = never if rank else slowly
+        reading.begin_run = never if rank else begin_run
+        train_reading(asked, tmp_path / "run")
+        assert (tmp_path / "run" / "finished").is_file()  # the second waits for it
+
+    in_two_processes(work)
+    assert load_reading_run(tmp_path / "run", device="cpu").recipe == asked
+    losses = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert losses == [1, 2]
+
+
+def test_the_decoder_is_loaded_as_the_recipe_says(tmp_path: Path, decoder: Path) -> None:  # noqa: F811
+    section = {"name_or_path": str(decoder), "dtype": "bfloat16", "attn_implementation": "eager"}
+    train_reading(recipe(decoder, decoder=section, trainer=TRAINER | {"max_steps": 1}), tmp_path / "run")
+    lm = load_reading_run(tmp_path / "run", device="cpu").task.lm
+    assert lm.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert lm.config._attn_implementation == "eager"
+
+
 def test_a_recipe_names_what_is_wrong(decoder: Path) -> None:  # noqa: F811
     with pytest.raises(RecipeError, match="label_smoothing_factor has no effect"):
         recipe(decoder, trainer={"label_smoothing_factor": 0.1})
     with pytest.raises(RecipeError, match="memry: unknown key; did you mean 'memory'"):
         recipe(decoder, memry={})
+    with pytest.raises(RecipeError, match="config gives random weights"):
+        recipe(decoder, decoder={"config": {"model_type": "llama"}})
+    assert recipe(decoder, decoder=str(decoder)) == recipe(decoder)  # as runs of before have it

@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -25,6 +23,7 @@ from rich.progress import Progress
 from inlay.data.config import BpeTokenizer, ByteTokenizer, PretrainedTokenizer, TokenizerConfig
 from inlay.data.problems import DataError
 from inlay.data.sources import Document
+from inlay.data.whole import save_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -59,7 +58,7 @@ def load_tokenizer(
         raise DataError("no training document to learn a tokenizer from")
     folder = Path(cache_dir or default_cache_dir()) / "tokenizers" / _fingerprint(config, texts)
     if not folder.is_dir():
-        _save_atomically(_train_bpe(config, texts), folder)
+        save_whole(folder, _train_bpe(config, texts).save_pretrained)
     return load_pretrained_tokenizer(folder)
 
 
@@ -165,17 +164,3 @@ def _fingerprint(config: BpeTokenizer, texts: Sequence[str]) -> str:
         digest.update(len(content).to_bytes(8, "big"))
         digest.update(content)
     return digest.hexdigest()[:24]
-
-
-def _save_atomically(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Save so that `folder` is there whole or not at all, also when two processes write it at once."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
-    try:
-        tokenizer.save_pretrained(temporary)
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # otherwise another process was first with the same content
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

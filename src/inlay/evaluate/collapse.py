@@ -36,9 +36,8 @@ from inlay.evaluate.compress_methods import (
     pooling,
     text_writer,
 )
-from inlay.evaluate.intervals import Interval, paired_interval
+from inlay.evaluate.intervals import Interval, mean_interval, paired_interval
 from inlay.evaluate.scoring import EvaluationError, Floats, Integers, Progress, choose, evaluating
-from inlay.evaluate.squad import mean_interval
 from inlay.softtoken.compressors import Compressor
 from inlay.softtoken.compressors.pool import PoolCompressor
 from inlay.softtoken.prompting import BoundLayout

@@ -34,9 +34,9 @@ from inlay.evaluate.compress_methods import (
 )
 from inlay.evaluate.compress_results import CompressEvaluation
 from inlay.evaluate.compress_scores import MethodScores
-from inlay.evaluate.intervals import paired_interval
+from inlay.evaluate.intervals import mean_interval, paired_interval
 from inlay.evaluate.scoring import EvaluationError, Progress, evaluating
-from inlay.evaluate.squad import mean_interval, normalize_answer, squad_scores
+from inlay.evaluate.squad import squad_scores, with_silence
 from inlay.softtoken.compressors import Compressor
 from inlay.softtoken.prompting import BoundLayout
 
@@ -136,7 +136,8 @@ def _scores(
     bytes_per_slot: int,
 ) -> MethodScores:
     references = [example.answers for example in examples]
-    scores = squad_scores(_given(record.predictions, references, layout), references, contexts=contexts)
+    predictions = with_silence(record.predictions, references, layout.layout.unanswerable)
+    scores = squad_scores(predictions, references, contexts=contexts)
     groups = np.array(scores.contexts)
     counts = np.bincount(groups, np.array(record.tokens)).astype(np.int64)
     slots = fmean(record.slots)
@@ -157,14 +158,6 @@ def _scores(
         nats=tuple(record.nats),
         tokens=tuple(record.tokens),
     )
-
-
-def _given(predictions: Sequence[str], references: Sequence[Sequence[str]], layout: BoundLayout) -> list[str]:
-    """The predictions as SQuAD counts them: where some questions have no answer, saying so is saying nothing."""
-    if all(references):
-        return list(predictions)
-    nothing = normalize_answer(layout.layout.unanswerable)
-    return ["" if normalize_answer(one) == nothing else one for one in predictions]
 
 
 def _fitting(

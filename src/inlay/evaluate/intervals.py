@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from inlay.evaluate.scoring import EvaluationError, Floats, Integers
+from inlay.report.series import wilson
 
 _NORMAL = 1.959964
 _STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
@@ -60,6 +61,30 @@ def paired_interval(differences: Floats, counts: Integers) -> Interval:
     error = np.sqrt(sequences / (sequences - 1) * np.square(residuals).sum()) / tokens
     half = float(student(sequences - 1) * error)
     return Interval(mean, mean - half, mean + half)
+
+
+def mean_interval(scores: Floats, groups: Integers) -> Interval:
+    """The mean of scores in 0..1 with its 95 % interval, from the spread between groups.
+
+    Wilson's interval for as many independent yes-or-no trials as would spread like these scores; so it stays within
+    0..1 and has a width where every score is 0 or 1. Where nothing spreads, each group counts as one trial.
+
+    Args:
+        scores: ``[N]`` what each question was given.
+        groups: ``[N]`` number of each question's context or sequence; equal numbers, one group.
+    """
+    mean = float(scores.mean())
+    _, group = np.unique(groups, return_inverse=True)
+    counts = np.bincount(group)
+    number = len(counts)
+    if number < 2:
+        return Interval(mean, float("nan"), float("nan"))
+    residuals = np.bincount(group, scores) - mean * counts
+    error = np.sqrt(number / (number - 1) * np.square(residuals).sum()) / len(scores)
+    error *= student(number - 1) / _NORMAL  # few groups tell little of their own spread
+    trials = mean * (1 - mean) / error**2 if error > 1e-9 else number
+    low, high = wilson(np.array([mean]), np.array([float(trials)]))
+    return Interval(mean, float(low[0]), float(high[0]))
 
 
 def numbered(values: Iterable[Hashable]) -> Integers:

@@ -20,7 +20,7 @@ from inlay.evaluate.compress_measuring import AnswerLosses, answer_losses
 from inlay.evaluate.compress_methods import Ids, Write, circle, context_ids
 from inlay.evaluate.intervals import Interval, paired_interval
 from inlay.evaluate.scoring import EvaluationError, Progress
-from inlay.evaluate.squad import SquadScores, squad_scores
+from inlay.evaluate.squad import SquadScores, squad_scores, with_silence
 from inlay.fastweight import Session
 from inlay.softtoken.prompting import BoundLayout
 from inlay.softtoken.tokens import SoftTokens
@@ -180,7 +180,7 @@ def measure_ways(
 
     Args:
         ways: What is compared.
-        layout: Has the tokenizer.
+        layout: Has the tokenizer, and says how a decoder says that there is no answer.
         examples: The questions.
         cache_bytes_per_slot: Bytes that one position takes in the decoder's cache.
         context_tokens: Contexts are cut behind so many tokens; None for whole ones.
@@ -209,15 +209,21 @@ def measure_ways(
             done += len(examples[part])
             if progress is not None:
                 progress(done, len(ways) * len(examples))
-        found.append(_scores(way, parts, examples, contexts, cache_bytes_per_slot))
+        found.append(_scores(way, parts, layout, examples, contexts, cache_bytes_per_slot))
     return found
 
 
 def _scores(
-    way: Way, parts: Sequence[Answered], examples: Sequence[QAExample], contexts: Sequence[Ids], per_slot: int
+    way: Way,
+    parts: Sequence[Answered],
+    layout: BoundLayout,
+    examples: Sequence[QAExample],
+    contexts: Sequence[Ids],
+    per_slot: int,
 ) -> WayScores:
-    predictions = [text for part in parts for text in part.predictions]
-    scores = squad_scores(predictions, [one.answers for one in examples], contexts=contexts)
+    references = [one.answers for one in examples]
+    said = [text for part in parts for text in part.predictions]
+    scores = squad_scores(with_silence(said, references, layout.layout.unanswerable), references, contexts=contexts)
     groups = np.array(scores.contexts)
     nats = np.array([value for part in parts for value in part.losses.nats])
     tokens = np.array([value for part in parts for value in part.losses.tokens])

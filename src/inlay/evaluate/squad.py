@@ -27,15 +27,13 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from inlay.evaluate.intervals import Interval, numbered, paired_interval, student
-from inlay.evaluate.scoring import EvaluationError, Floats, Integers
-from inlay.report.series import wilson
+from inlay.evaluate.intervals import Interval, mean_interval, numbered, paired_interval
+from inlay.evaluate.scoring import EvaluationError
 
 Version: TypeAlias = Literal["1.1", "2.0"]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_NORMAL = 1.959964
 
 
 @dataclass(frozen=True)
@@ -209,6 +207,20 @@ def squad_scores(
     )
 
 
+def with_silence(predictions: Sequence[str], references: Sequence[Sequence[str]], unanswerable: str) -> list[str]:
+    """The predictions as SQuAD counts them: where some questions have no answer, saying so is saying nothing.
+
+    Args:
+        predictions: ``[questions]`` answers given.
+        references: ``[questions]`` right answers of each.
+        unanswerable: How a decoder was taught to say that there is no answer.
+    """
+    if all(references):
+        return list(predictions)
+    nothing = normalize_answer(unanswerable)
+    return ["" if normalize_answer(one) == nothing else one for one in predictions]
+
+
 def _normalized(references: Sequence[str], version: Version) -> list[str]:
     if isinstance(references, str):
         raise EvaluationError(f"references are a list of answers; got the string {references!r}: put it in a list")
@@ -228,23 +240,3 @@ def _word_f1(given: list[str], wanted: list[str], version: Version) -> float:
         return 0.0
     precision, recall = common / len(given), common / len(wanted)
     return 2 * precision * recall / (precision + recall)
-
-
-def mean_interval(scores: Floats, groups: Integers) -> Interval:
-    """The mean of scores in 0..1 with its 95 % interval, from the spread between groups.
-
-    Wilson's interval for as many independent yes-or-no trials as would spread like these scores; so it stays within
-    0..1 and has a width where every score is 0 or 1. Where nothing spreads, each group counts as one trial.
-    """
-    mean = float(scores.mean())
-    _, group = np.unique(groups, return_inverse=True)
-    counts = np.bincount(group)
-    contexts = len(counts)
-    if contexts < 2:
-        return Interval(mean, float("nan"), float("nan"))
-    residuals = np.bincount(group, scores) - mean * counts
-    error = np.sqrt(contexts / (contexts - 1) * np.square(residuals).sum()) / len(scores)
-    error *= student(contexts - 1) / _NORMAL  # few contexts tell little of their own spread
-    trials = mean * (1 - mean) / error**2 if error > 1e-9 else contexts
-    low, high = wilson(np.array([mean]), np.array([float(trials)]))
-    return Interval(mean, float(low[0]), float(high[0]))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
@@ -14,6 +16,12 @@ from inlay.softtoken.tokens import SoftTokens, packing_order
 
 NO_LABEL = -100
 """The label that transformers' losses leave out."""
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
+    """Lists of ids as one tensor `[B, longest]` int64, ``value`` behind the shorter ones."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.long, device=device)
 
 
 @dataclass(frozen=True, eq=False)

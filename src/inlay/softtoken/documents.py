@@ -24,8 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from inlay.data import Document
 from inlay.softtoken.compressors import Compressor, CompressorError
 from inlay.softtoken.errors import LayoutError
-from inlay.softtoken.prompting import BoundLayout
-from inlay.softtoken.prompting import evaluating as evaluating
+from inlay.softtoken.prompting import BoundLayout, in_eval_mode
 from inlay.softtoken.store import SHARD_SECONDS, SoftTokenStore, StoredDocument, StoreError, StoreWriter, hash_text
 from inlay.softtoken.store_file import StoreHeader
 
@@ -155,7 +154,7 @@ def encode_documents(
             batch = pending[start : start + batch_size]
             ids = pad_sequence([one.ids for one in batch], batch_first=True)
             mask = pad_sequence([torch.ones(len(one.ids), dtype=torch.bool) for one in batch], batch_first=True)
-            with torch.no_grad(), evaluating(run.model), evaluating(run.compressor):
+            with torch.no_grad(), in_eval_mode(run.model), in_eval_mode(run.compressor):
                 memory = run.compressor.compress(ids.long(), mask, ratio=ratio, slots=slots)
             writer.add([one.note for one in batch], memory)
             nbytes += memory.nbytes

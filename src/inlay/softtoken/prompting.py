@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from inlay.softtoken.batches import NO_LABEL, GenerationBatch, TrainingBatch
+from inlay.softtoken.batches import NO_LABEL, GenerationBatch, TrainingBatch, padded
 from inlay.softtoken.errors import LayoutError
 from inlay.softtoken.tokens import SoftTokens, in_order, packing_order
 from inlay.softtoken.wording import Prompt, Wording
@@ -85,7 +85,7 @@ class BoundLayout(Wording):
             position_ids,
             memory if memory.form == "kv" else None,
             model,
-            _padded(labels, NO_LABEL, embeds.device),
+            padded(labels, NO_LABEL, embeds.device),
         )
 
     def generation(self, model: Any, memory: SoftTokens, questions: Sequence[str] | None) -> GenerationBatch:
@@ -137,7 +137,7 @@ class BoundLayout(Wording):
             part = memory if whole else memory.select(rows)
             asked = questions if whole or questions is None else [questions[row] for row in rows]
             batch = self.generation(model, part, asked)
-            with evaluating(model):
+            with in_eval_mode(model):
                 ids = model.generate(**batch.inputs() | _GREEDY | generate_kwargs)
             said |= zip(rows, map(self._ended, ids.tolist()), strict=True)
         return [said[row] for row in range(memory.rows)]
@@ -205,8 +205,8 @@ class BoundLayout(Wording):
         table = model.get_input_embeddings()
         device = table.weight.device
         memory = memory.to(device)
-        text = table(_padded(behind, 0, device))
-        embeds, mask = text, _padded([[1] * len(row) for row in behind], 0, device).bool()
+        text = table(padded(behind, 0, device))
+        embeds, mask = text, padded([[1] * len(row) for row in behind], 0, device).bool()
         if memory.kv is not None:
             layers = model.config.get_text_config(decoder=True).num_hidden_layers
             if len(memory.kv) != layers:
@@ -220,7 +220,7 @@ class BoundLayout(Wording):
                     f"the memory's slots have width {memory.embeddings.shape[-1]}, the model's embeddings "
                     f"{text.shape[-1]}; was it written for another model?"
                 )
-            before = _padded([[i for piece in self._pieces_before for i in piece.ids]] * memory.rows, 0, device)
+            before = padded([[i for piece in self._pieces_before for i in piece.ids]] * memory.rows, 0, device)
             embeds = torch.cat([table(before), memory.embeddings.to(text.dtype), text], dim=1)
             mask = torch.cat([torch.ones_like(before, dtype=torch.bool), memory.mask, mask], dim=1)
         longest = int(mask.sum(dim=1).max())
@@ -235,14 +235,8 @@ class BoundLayout(Wording):
         return embeds, mask.long(), positions
 
 
-def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
-    """Lists of ids as one tensor `[B, longest]` int64, ``value`` behind the shorter ones."""
-    longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.long, device=device)
-
-
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode within the block; afterwards each module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -20,8 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,21 +28,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, set_seed
+from transformers.utils import CONFIG_NAME
 
 from inlay.data import FactsConfig, QAExample, facts_tokenizer
 from inlay.data.facts import facts_context
 from inlay.data.tokenizer import default_cache_dir, load_pretrained_tokenizer
+from inlay.data.whole import save_whole
 from inlay.evaluate.squad import exact_match
 from inlay.fastweight.causal_lm import with_cache
-from inlay.softtoken.batches import NO_LABEL
+from inlay.softtoken.batches import NO_LABEL, padded
 from inlay.softtoken.objectives import predictions
-from inlay.softtoken.pieces import tokenise
 from inlay.softtoken.prompting import BoundLayout
 from inlay.softtoken.tokens import SoftTokens, embed_text
+from inlay.train.compress_data import tokenise_contexts
 from inlay.train.compress_recipe import BaseSection, CompressRecipe
 from inlay.train.directory import training_device
 from inlay.train.muon import MuonAdamW, split_matrices
@@ -91,6 +92,8 @@ def build_base_lm(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The decoder that ``recipe.decoder.config`` describes, trained as ``recipe.base`` says, or taken from the cache.
 
+    Of several processes (``torchrun``) the first trains it, and the others wait.
+
     Args:
         recipe: With ``decoder.config``, ``base`` and generated facts.
         console: Shows the progress, and warns of a model that answers less well than ``base.exact_match``.
@@ -103,9 +106,17 @@ def build_base_lm(
         RecipeError: The architecture is unknown, or too short for a row.
     """
     folder = _folder(recipe, cache_dir)
-    if not (folder / OUTCOME).is_file():
+    processes = PartialState()
+    if processes.is_main_process and not _is_whole(folder):
         model, tokenizer, outcome = train_base_lm(recipe, console)
-        _save_atomically(model, tokenizer, outcome, folder)
+
+        def save(place: Path) -> None:
+            model.save_pretrained(place)
+            tokenizer.save_pretrained(place)
+            (place / OUTCOME).write_text(json.dumps(asdict(outcome), indent=2) + "\n")
+
+        save_whole(folder, save, _is_whole)
+    processes.wait_for_everyone()
     outcome = read_outcome(folder)
     if not outcome.reached:
         console.print(
@@ -119,7 +130,7 @@ def build_base_lm(
 def base_outcome(recipe: CompressRecipe, *, cache_dir: Path | None = None) -> BaseOutcome | None:
     """How the cached decoder of ``recipe`` was trained; None if there is none."""
     folder = _folder(recipe, cache_dir)
-    return read_outcome(folder) if (folder / OUTCOME).is_file() else None
+    return read_outcome(folder) if _is_whole(folder) else None
 
 
 def read_outcome(folder: Path) -> BaseOutcome:
@@ -184,10 +195,9 @@ def full_text_exact_match(
     right = 0
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
-        rows = [tokenise(layout.tokenizer, example.context, plain=True) for example in part]
-        ids, mask = _padded(rows, 0, model.device), _padded([[1] * len(row) for row in rows], 0, model.device)
+        ids, mask = tokenise_contexts(layout, [example.context for example in part])
         with torch.no_grad():
-            memory = embed_text(model, ids, mask.bool())
+            memory = embed_text(model, ids.to(model.device), mask.to(model.device))
         answers = layout.answer(model, memory, [example.question for example in part])
         right += sum(exact_match(given, example.answers) for given, example in zip(answers, part, strict=True))
     return right / len(examples)
@@ -204,11 +214,11 @@ def base_loss(
         contexts: Questions, grouped by their contexts.
         text_weight: 0 leaves the contexts' tokens out.
     """
-    rows = [tokenise(layout.tokenizer, examples[0].context, plain=True) for examples in contexts]
-    ids, mask = _padded(rows, 0, model.device), _padded([[1] * len(row) for row in rows], 0, model.device)
+    texts = tokenise_contexts(layout, [examples[0].context for examples in contexts])
+    ids, mask = (tensor.to(model.device) for tensor in texts)
     cache = DynamicCache()
-    read = model(input_ids=ids, attention_mask=mask, **with_cache(model, cache), use_cache=True)
-    memory = SoftTokens(None, mask.bool(), tuple((layer.keys, layer.values) for layer in cache.layers))
+    read = model(input_ids=ids, attention_mask=mask.long(), **with_cache(model, cache), use_cache=True)
+    memory = SoftTokens(None, mask, tuple((layer.keys, layer.values) for layer in cache.layers))
     owner = [row for row, examples in enumerate(contexts) for _ in examples]
     asked = [example for examples in contexts for example in examples]
     batch = layout.training(
@@ -217,8 +227,8 @@ def base_loss(
     said = model(**{name: value for name, value in batch.inputs().items() if name != "labels"})
     loss = predictions(said.logits, batch.labels).cross_entropy
     if text_weight:
-        prompts = _padded([layout.prompt(one.question).after for one in asked], NO_LABEL, model.device)
-        for logits, labels in ((read.logits, ids.masked_fill(mask == 0, NO_LABEL)), (said.logits, prompts)):
+        prompts = padded([layout.prompt(one.question).after for one in asked], NO_LABEL, model.device)
+        for logits, labels in ((read.logits, ids.masked_fill(~mask, NO_LABEL)), (said.logits, prompts)):
             loss = loss + text_weight * predictions(logits[:, : labels.shape[1]], labels).cross_entropy
     return loss
 
@@ -279,31 +289,13 @@ def _folder(recipe: CompressRecipe, cache_dir: Path | None) -> Path:
     return (cache_dir or default_cache_dir()) / "base-lms" / digest.hexdigest()[:24]
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether a decoder lies there: what is left where only its tokenizer was saved is none."""
+    return all((folder / name).is_file() for name in (OUTCOME, CONFIG_NAME))
+
+
 def _load(recipe: CompressRecipe, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     return load_causal_lm(folder, recipe.decoder, "decoder").eval(), load_pretrained_tokenizer(folder)
-
-
-def _save_atomically(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, outcome: BaseOutcome, folder: Path
-) -> None:
-    """Save so that ``folder`` is there whole or not at all, also when two processes write it at once."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / OUTCOME).write_text(json.dumps(asdict(outcome), indent=2) + "\n")
-        temporary.rename(folder)
-    except OSError:
-        if not (folder / OUTCOME).is_file():  # otherwise another process was first with the same model
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _padded(rows: list[list[int]], value: int, device: torch.device) -> Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], device=device)
 
 
 def _progress(console: Console) -> Progress:

@@ -17,14 +17,13 @@ The decoder and its tokenizer are written first, so that a run that was cut off 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
 from torch import Tensor
@@ -32,6 +31,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from inlay.data import FactsDataset, QAData, load_qa
 from inlay.data.tokenizer import load_pretrained_tokenizer
+from inlay.data.whole import save_whole
 from inlay.fastweight import InlayError
 from inlay.softtoken.compressors import Compressor, build_compressor, load_compressor
 from inlay.softtoken.objectives import Objective
@@ -140,6 +140,9 @@ def train_compressor(
         arguments = _arguments(recipe, stage, place)
         if resume:
             refuse_fewer_steps(place, arguments)
+    processes = PartialState()
+    if not processes.is_main_process:
+        console = Console(quiet=True)
     data = load_qa(recipe.data)
     model, tokenizer = _decoder(recipe, directory, console)
     weights = model.state_dict()  # by the names they have without adapters
@@ -148,21 +151,28 @@ def train_compressor(
     _try_one(task, data, trainer_class.objectives)
     console.print(_summary(task, data))
 
-    begin_run(directory, recipe)
-    if not (directory / TOKENIZER).is_dir():
-        _save_whole(directory / TOKENIZER, tokenizer.save_pretrained)
-    if recipe.decoder.config is not None and not (directory / MODEL).is_dir():
-        _save_whole(directory / MODEL, lambda path: model.save_pretrained(path, state_dict=weights))
+    processes.wait_for_everyone()  # the others must not take this run for one that was there before
+    if processes.is_main_process:
+        begin_run(directory, recipe)
+        if not (directory / TOKENIZER).is_dir():
+            save_whole(directory / TOKENIZER, tokenizer.save_pretrained)
+        if recipe.decoder.config is not None and not (directory / MODEL).is_dir():
+            save_whole(directory / MODEL, lambda path: model.save_pretrained(path, state_dict=weights))
+    processes.wait_for_everyone()
 
     metrics: dict[str, float] = {}
     for stage in stages(recipe):
         place = _place(stage, directory)
-        if (place / DONE).is_file():
+        done = (place / DONE).is_file()
+        processes.wait_for_everyone()  # all have looked before one of them is done
+        if done:
             task.load_trained(place)
             continue
         metrics = _train_stage(task, stage, data, place, trainer_class, resume, console)
-        task.save_trained(place)
-        (place / DONE).write_text("")
+        if processes.is_main_process:
+            task.save_trained(place)
+            (place / DONE).write_text("")
+    processes.wait_for_everyone()
     return metrics
 
 
@@ -311,10 +321,3 @@ def _summary(task: CompressionTask, data: QAData) -> str:
 
 def _in_words(weights: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
-
-
-def _save_whole(directory: Path, save: Any) -> None:
-    """Have ``save`` write a folder so that ``directory`` is there whole or not at all."""
-    with TemporaryDirectory(dir=directory.parent, prefix=".saving-") as name:
-        save(str(Path(name) / "whole"))
-        os.replace(Path(name) / "whole", directory)

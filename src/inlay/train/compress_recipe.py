@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from inlay.data import FactsConfig, QAConfig
 from inlay.softtoken.compressors import CompressorConfig, EncoderPoolConfig, PoolConfig
@@ -65,7 +65,8 @@ class BaseSection(Section):
     """Peak learning rate of Muon for the weights of linear layers; null trains them with AdamW like all else."""
 
     batch_size: int = Field(default=64, ge=1)
-    """Questions per step."""
+    """Questions per step at the facts of the run's data, in whole contexts (at least one). A stage of fewer facts reads
+    as many contexts, so a step has fewer questions where its contexts have."""
 
     text_weight: float = Field(default=0.0, ge=0)
     """Weight of the loss on the context's own tokens beside that on the answers. A decoder that has never predicted
@@ -236,16 +237,6 @@ class CompressRecipe(Section):
 
     evaluate: CompressEvaluateSection = CompressEvaluateSection()
 
-    @field_validator("compressor", mode="before")
-    @classmethod
-    def _encoder_pool_is_the_default(cls, value: Any) -> Any:
-        return {"kind": "encoder-pool"} | value if isinstance(value, dict) else value
-
-    @field_serializer("compressor")
-    def _names_its_kind(self, value: CompressorConfig) -> dict[str, Any]:
-        # A kind is its own class's default, so it would be left out of a dump without defaults.
-        return {"kind": value.kind} | value.model_dump(mode="json", exclude_defaults=True)
-
     @field_validator("curriculum", mode="before")
     @classmethod
     def _null_is_no_curriculum(cls, value: Any) -> Any:
@@ -276,12 +267,18 @@ class CompressRecipe(Section):
                 )
         if isinstance(self.compressor, PoolConfig) and self.decoder_lora is None:
             raise ValueError("compressor: kind pool learns nothing and the decoder is frozen; add decoder_lora")
-        checkpointed = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.trainer.get(key)]
-        if self.compressor.form == "kv" and checkpointed:
-            raise ValueError(
-                f"form kv is lost under {checkpointed[0]}, in which transformers' blocks drop their cache; take it out "
-                "of trainer, or use form: embeddings"
-            )
+        trainers = {"trainer": self.trainer}
+        if self.pretraining is not None:
+            trainers["pretraining.trainer"] = self.pretraining.trainer
+        for place, arguments in trainers.items():
+            checkpointed = [k for k in ("gradient_checkpointing", "activation_checkpointing") if arguments.get(k)]
+            if self.compressor.form == "kv" and checkpointed:
+                raise ValueError(
+                    f"form kv is lost under {checkpointed[0]}, in which transformers' blocks drop their cache; take it "
+                    f"out of {place}, or use form: embeddings"
+                )
+            if self.muon is not None and "optim" in arguments:
+                raise ValueError(f"muon trains what it does not with AdamW; take optim out of {place}, or muon out")
         asked = {"evaluate.ratios": self.evaluate.ratios or (), "train_ratios": self.train_ratios or ()}
         asked |= {f"curriculum.{number}.ratios": stage.ratios for number, stage in enumerate(self.curriculum)}
         for key, ratios in asked.items():
@@ -292,8 +289,6 @@ class CompressRecipe(Section):
         ends = [stage.until for stage in self.curriculum]
         if ends != sorted(set(ends)):
             raise ValueError(f"curriculum: stages end at {ends}; each ends later than the one before")
-        if self.muon is not None and "optim" in self.trainer:
-            raise ValueError("muon trains what it does not with AdamW; take optim out of trainer, or muon out")
         return self
 
     @property

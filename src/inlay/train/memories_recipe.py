@@ -57,11 +57,6 @@ class SoftTokensSection(Section):
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Arguments that differ from the recipe's ``trainer``."""
 
-    @field_validator("compressor", mode="before")
-    @classmethod
-    def _encoder_pool_is_the_default(cls, value: Any) -> Any:
-        return {"kind": "encoder-pool"} | value if isinstance(value, dict) else value
-
     @field_validator("compressor")
     @classmethod
     def _leaves_slots_and_adapter_to_the_comparison(cls, value: CompressorConfig) -> CompressorConfig:
@@ -148,9 +143,9 @@ class MemoriesRecipe(Section):
         changes: dict[str, Any] = {"slots": slots, "max_slots": None}
         if not isinstance(section.compressor, CrossAttentionConfig) or section.compressor.form == "kv":
             changes["lora"] = self.lora
-        model = self.lm.model_copy(update={"config": None, "name_or_path": decoder})
         compressor = section.compressor.model_copy(update=changes)
-        return self._compress(task, {"decoder": model, "base": None, "compressor": compressor}, section.trainer)
+        sections = {"decoder": self._lm_at(decoder), "base": None, "compressor": compressor}
+        return self._compress(task, sections, section.trainer)
 
     def reading(self, task: str, decoder: str) -> ReadingRecipe:
         """The fast weights' training on a task; arguments as for :meth:`compression`."""
@@ -162,7 +157,7 @@ class MemoriesRecipe(Section):
         return ReadingRecipe(
             name=f"{self.name}-{task}-fast-weights",
             seed=self.seed,
-            decoder=decoder,
+            decoder=self._lm_at(decoder),
             memory=self.fast_weights.memory,
             lora=lora,
             layout=self.layout,
@@ -171,6 +166,9 @@ class MemoriesRecipe(Section):
             questions_per_context=self.questions_per_context,
             trainer=self.trainer | self.tasks[task].trainer | self.fast_weights.trainer,
         )
+
+    def _lm_at(self, place: str) -> ModelSection:
+        return self.lm.model_copy(update={"config": None, "name_or_path": place})
 
     def _compress(self, task: str, sections: Mapping[str, Any], trainer: Mapping[str, Any]) -> CompressRecipe:
         raw = {

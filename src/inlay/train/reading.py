@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from pydantic import Field, field_validator
 from rich.console import Console
@@ -68,8 +69,8 @@ class ReadingRecipe(Section):
     seed: int = Field(default=0, ge=0)
     """Fixes initial weights and the order of batches."""
 
-    decoder: str
-    """Hub id or folder of the decoder and its tokenizer. Its own weights are frozen."""
+    decoder: ModelSection
+    """The decoder, with its tokenizer beside it (``name_or_path``). Its own weights are frozen."""
 
     memory: FastWeightConfig
     lora: LoraSection | None = None
@@ -85,6 +86,18 @@ class ReadingRecipe(Section):
 
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Arguments of transformers' ``TrainingArguments`` by their own names."""
+
+    @field_validator("decoder", mode="before")
+    @classmethod
+    def _a_place_alone_is_a_decoder(cls, value: Any) -> Any:
+        return {"name_or_path": value} if isinstance(value, str) else value  # as runs of before have it
+
+    @field_validator("decoder")
+    @classmethod
+    def _decoder_can_answer(cls, value: ModelSection) -> ModelSection:
+        if value.name_or_path is None:
+            raise ValueError("config gives random weights, and a frozen decoder has to answer; take name_or_path")
+        return value
 
     @field_validator("trainer")
     @classmethod
@@ -189,7 +202,8 @@ class ReadingTrainer(LossTrainer):
         return (loss, {}) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        save_weights(self.model.decoder, self.model.memory, Path(output_dir or self.args.output_dir))
+        if self.args.should_save:
+            save_weights(self.model.decoder, self.model.memory, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.model.decoder, self.model.memory, Path(resume_from_checkpoint))
@@ -236,11 +250,17 @@ def train_reading(
     arguments = training_arguments(directory, recipe.seed, recipe.trainer)
     if resume:
         refuse_fewer_steps(directory, arguments)
+    processes = PartialState()
+    if not processes.is_main_process:
+        console = Console(quiet=True)
     set_seed(recipe.seed)
     task = _build(recipe)
     data = load_qa(recipe.data)
     console.print(f"{task.memory}; {count_trained(task):,} parameters trained")
-    begin_run(directory, recipe)
+    processes.wait_for_everyone()  # the others must not take this run for one that was there before
+    if processes.is_main_process:
+        begin_run(directory, recipe)
+    processes.wait_for_everyone()
     trainer = ReadingTrainer(
         model=task,
         args=arguments,
@@ -250,8 +270,10 @@ def train_reading(
         callbacks=[FiniteMemory(task.memory)],
     )
     metrics = run_trainer(trainer, directory, resume=resume, console=console)
-    save_weights(task.decoder, task.memory, directory)
-    (directory / DONE).write_text("")
+    if processes.is_main_process:
+        save_weights(task.decoder, task.memory, directory)
+        (directory / DONE).write_text("")
+    processes.wait_for_everyone()
     return metrics
 
 
@@ -288,5 +310,5 @@ def _build(recipe: ReadingRecipe) -> ReadingTask:
 
 
 def _load_decoder(recipe: ReadingRecipe) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    model = load_causal_lm(recipe.decoder, ModelSection(name_or_path=recipe.decoder), "decoder")
-    return model, load_pretrained_tokenizer(recipe.decoder)
+    place = str(recipe.decoder.name_or_path)
+    return load_causal_lm(place, recipe.decoder, "decoder"), load_pretrained_tokenizer(place)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, model_validator
 
 from inlay.softtoken.tokens import Form
 
@@ -163,11 +163,22 @@ class PoolConfig(BaseCompressorConfig):
         return self
 
 
-CompressorConfig = Annotated[
-    EncoderPoolConfig | EncoderTokensConfig | CrossAttentionConfig | PoolConfig, Field(discriminator="kind")
-]
+_Kinds: TypeAlias = EncoderPoolConfig | EncoderTokensConfig | CrossAttentionConfig | PoolConfig
 
-CONFIG: TypeAdapter[EncoderPoolConfig | EncoderTokensConfig | CrossAttentionConfig | PoolConfig] = TypeAdapter(
-    CompressorConfig
-)
+
+def _with_kind(value: Any) -> Any:
+    return {"kind": "encoder-pool"} | value if isinstance(value, dict) else value
+
+
+def _dump_with_kind(value: _Kinds) -> dict[str, Any]:
+    # A kind is its own class's default, so it would be left out of a dump without defaults.
+    return {"kind": value.kind} | value.model_dump(mode="json", exclude_defaults=True)
+
+
+CompressorConfig = Annotated[
+    _Kinds, Field(discriminator="kind"), BeforeValidator(_with_kind), PlainSerializer(_dump_with_kind)
+]
+"""A section of any kind: ``encoder-pool`` when none is named, and named whenever it is dumped."""
+
+CONFIG: TypeAdapter[_Kinds] = TypeAdapter(CompressorConfig)
 """Reads a configuration of any kind from a mapping."""

@@ -198,7 +198,8 @@ def recipe_of(arm: Arm, base: CompressRecipe, decoder: str, steps: int, ratio: i
 
 
 def _sections(recipe: CompressRecipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", exclude_defaults=True)
+    compressor = recipe.model_dump(mode="json", include={"compressor"})
+    return recipe.model_dump(mode="json", exclude_defaults=True) | compressor
 
 
 def _several_ratios(recipe: CompressRecipe) -> bool:

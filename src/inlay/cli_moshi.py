@@ -65,9 +65,9 @@ def encode(
     A call that was stopped, by whatever, goes on when it is given again.
     """
     from inlay.moshi.encode import encode_data
-    from inlay.moshi.weights import load_checkpoint
+    from inlay.moshi.weights import chosen_device, load_checkpoint
 
-    checkpoint = load_checkpoint(weights, device=device)
+    checkpoint = load_checkpoint(weights, device=chosen_device(device))
     with _progress("seconds of audio") as progress:
         summary = encode_data(
             data,

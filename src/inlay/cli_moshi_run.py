@@ -78,12 +78,11 @@ def hear(
     The transcript is printed as Moshi speaks. A session file keeps the whole
     conversation in a constant size, and the next call goes on bit for bit.
     """
-    import torch
-
     from inlay.fastweight import find_memory
     from inlay.moshi.duplex import RunError, Voice, load_moshi
     from inlay.moshi.run import require_place, run_file
     from inlay.moshi.run_report import write_run
+    from inlay.moshi.weights import chosen_device
     from inlay.report.numbers import short
 
     if run is not None and (checkpoint is not None or finetuned is not None):
@@ -93,9 +92,7 @@ def hear(
             require_place(path, what, source)
     if target.suffix.lower() != ".wav":
         raise RunError(f"the answer is written as WAV; call it {target.with_suffix('.wav')}")
-    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-        raise RunError(f"--device {device}: no CUDA is available here; leave it out, or give cpu")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(device)
     with errors.status("loading Moshi"):
         if run is not None:
             from inlay.train.moshi import load_moshi_run

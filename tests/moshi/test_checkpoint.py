@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import inlay
-from inlay import CheckpointError, FastWeightConfig
+from inlay import CheckpointError, FastWeightConfig, InlayError
 from inlay.moshi.checkpoint import load_finetuned, load_trained, save_finetuned
 from inlay.moshi.lora import LoraConfig, add_lora, embedding_parameters
 from inlay.moshi.model import MoshiForTraining
@@ -122,6 +123,37 @@ def test_kyutais_own_loader_reads_the_adapters(toy: MoshiCheckpoint, tmp_path: P
     )
     theirs = info.get_moshi(dtype=torch.float32)
     assert torch.equal(logits(theirs), logits(lm))
+
+
+def test_adapters_under_the_older_names_of_attention_are_read_as_kyutai_reads_them(
+    toy: MoshiCheckpoint, tmp_path: Path
+) -> None:
+    lm = trained(toy, "lora")
+    save_finetuned(tmp_path, lm, raw(toy))
+    tensors = load_file(tmp_path / "lora.safetensors")
+    older = {re.sub(r"^(transformer\..*)(in|out)_projs\.0\.", r"\1\2_proj.", name): t for name, t in tensors.items()}
+    assert older.keys() != tensors.keys()
+    save_file(older, tmp_path / "lora.safetensors")
+    assert torch.equal(logits(load_finetuned(toy, tmp_path)[0]), logits(lm))
+
+
+def test_a_memory_of_before_does_not_stay_in_the_folder(toy: MoshiCheckpoint, tmp_path: Path) -> None:
+    lm = trained(toy, "memory")
+    save_finetuned(tmp_path, lm, raw(toy))
+    memory = inlay.find_memory(lm)
+    assert memory is not None
+    memory.detach()
+    save_finetuned(tmp_path, lm.requires_grad_(False), raw(toy))
+    assert load_finetuned(toy, tmp_path)[1] is None
+
+
+def test_an_empty_list_of_conditioners_asks_for_no_condition(toy: MoshiCheckpoint, tmp_path: Path) -> None:
+    lm = loaders.get_moshi_lm(None, {**toy.lm_config, "conditioners": {}}, device="cpu", dtype=torch.float32)
+    assert lm.condition_provider is not None
+    MoshiForTraining(lm).restore()
+    lm.condition_provider.conditioners["style"] = nn.Identity()
+    with pytest.raises(InlayError, match="conditioned"):
+        MoshiForTraining(lm)
 
 
 def test_kyutais_own_loader_reads_a_whole_model(toy: MoshiCheckpoint, tmp_path: Path) -> None:

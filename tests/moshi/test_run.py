@@ -196,6 +196,23 @@ class TestSession:
             tails[1] += [*heard.outputs[begun:], *steps_of(other).tensors().values()]
         assert all(torch.equal(a, b) for a, b in zip(*tails, strict=True))
 
+    def test_the_random_numbers_of_another_kind_of_device_are_left_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, codes, first = tmp_path / "s.safetensors", user_codes(1, 2), MemoryLMGen(tiny_lm(), use_sampling=False)
+        with first.streaming(1), monkeypatch.context() as patch:
+            patch.setattr("inlay.moshi.session._random_state", lambda device: torch.zeros(16, dtype=torch.uint8))
+            first.step(codes[:, :, :1])
+            save_session(path, first)
+            expected = [first.step(codes[:, :, 1:]), *(t.clone() for t in steps_of(first).tensors().values())]
+        other = MemoryLMGen(tiny_lm(), use_sampling=False)
+        with other.streaming(1):
+            before = torch.get_rng_state()
+            load_session(path, other)
+            assert torch.equal(torch.get_rng_state(), before)
+            ours = [other.step(codes[:, :, 1:]), *steps_of(other).tensors().values()]
+        assert all(a is b or torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
     def test_it_is_refused_where_it_does_not_belong(self, tmp_path: Path) -> None:
         path = tmp_path / "session.safetensors"
 

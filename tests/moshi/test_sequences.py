@@ -213,6 +213,19 @@ def test_weights_given_when_encoding_hold_within_a_store(tmp_path: Path) -> None
     assert drawn == {"x": 30, "y": 10}
 
 
+@pytest.mark.parametrize("inner", [None, {"x": 3.0, "y": 1.0}])
+def test_a_folders_weight_is_its_share_whatever_it_was_encoded_from(
+    tmp_path: Path, inner: dict[str, float] | None
+) -> None:
+    several = {f"{source}/{index}": 20 for source, count in (("x", 15), ("y", 5)) for index in range(count)}
+    one = write_store(tmp_path / "several", several, weights=inner)
+    other = write_store(tmp_path / "one", {f"z/{index}": 20 for index in range(20)})
+    drawn = Counter(row[0][0][0] for row in pieces_of(load_sequences(config(f"{one}:1,{other}:1")).train))
+    total = sum(drawn.values())
+    assert drawn["z"] / total == pytest.approx(0.5, abs=0.03)
+    assert drawn["x"] / total == pytest.approx(0.375, abs=0.03)
+
+
 def test_items_are_the_same_in_worker_processes(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "s", {"a": 120, "b": 50})
     train = load_sequences(config(folder)).train

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from inlay import MemoryNeverReadError
 from inlay.cli import app
 from inlay.data.problems import DataError
+from inlay.moshi.model import MoshiForTraining
 from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
 from inlay.train.directory import RunError
 from inlay.train.kinds import recipe_kind
@@ -207,6 +208,26 @@ def test_a_run_is_gone_on_with_for_more_steps_at_another_rate(
     assert rates[4:7] in (pytest.approx(expected[3:6]), pytest.approx(expected[4:7]))
     with pytest.raises(RunError, match=r"differs in mode: when a run is resumed only .*max_steps.* may change"):
         train_moshi(make_recipe(toy, store, **later, mode="all"), tmp_path, resume=True)
+    for optim in ({"muon": 0.02}, {"memory_lr": 1e-3}):  # whose state would not fit
+        with pytest.raises(RunError, match=f"differs in optim.{next(iter(optim))}:"):
+            train_moshi(make_recipe(toy, store, **later | {"optim": optim}), tmp_path, resume=True)
+    with pytest.raises(RunError, match=r"differs in trainer.optim:"):
+        train_moshi(make_recipe(toy, store, **later, trainer={"optim": "adafactor"}), tmp_path, resume=True)
+    assert load_moshi_run(tmp_path, device="cpu").recipe.max_steps == 8
+
+
+def test_norms_are_not_decayed_and_any_optimizer_of_the_trainer_goes(
+    toy: MoshiCheckpoint, store: Path, tmp_path: Path
+) -> None:
+    lm = build_moshi(make_recipe(toy, store, mode="all"), toy)[0]
+    task = MoshiForTraining(lm)
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=9, optim="adafactor", report_to="none")
+    trainer = MoshiTrainer(checkpoint_config={}, pct_start=0.5, memory=None, model=task, args=arguments)
+    decayed = trainer.get_decay_parameter_names(task)
+    assert any(name.endswith("linear_in.weight") for name in decayed)
+    assert not [name for name in decayed if name.endswith("alpha")]
+    trainer.create_optimizer_and_scheduler(9)
+    task.restore()
 
 
 def test_the_command_trains_a_moshi_recipe_and_writes_its_report(

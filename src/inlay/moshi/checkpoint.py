@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,9 @@ def save_finetuned(directory: str | Path, lm: LMModel, config: Mapping[str, Any]
             f"these are trained and have no file: {', '.join(unsaved[:5])}{' …' if len(unsaved) > 5 else ''}. With "
             "LoRA only adapters and embeddings are (ft_embed); use mode: all without LoRA to train more"
         )
+    if memory is None:  # of one that was saved here before
+        for name in (memory_files.HEADER, memory_files.TENSORS):
+            (directory / name).unlink(missing_ok=True)
     yarn = yarn_of(lm)
     if yarn is None:
         (directory / YARN_NAME).unlink(missing_ok=True)
@@ -168,6 +172,7 @@ def _load(lm: LMModel, path: Path, needed: Iterable[str]) -> None:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     places = lm.state_dict(keep_vars=True)
+    tensors = {name if name in places else _of_today(name): tensor for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if name not in places:
             close = difflib.get_close_matches(name, places, n=1, cutoff=0.6)
@@ -184,6 +189,11 @@ def _load(lm: LMModel, path: Path, needed: Iterable[str]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             places[name].copy_(tensor)
+
+
+def _of_today(name: str) -> str:
+    """What a tensor is called since attention has a projection for each step, as Kyutai's own hook renames it."""
+    return re.sub(r"\b(in|out)_proj\.", r"\1_projs.0.", name)
 
 
 def _did_you_mean(close: list[str]) -> str:

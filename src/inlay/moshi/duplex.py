@@ -31,7 +31,7 @@ from inlay.moshi.lm_gen import MemoryLMGen
 from inlay.moshi.loss import uncompiled
 from inlay.moshi.session import load_session, save_session
 from inlay.moshi.streaming import stream_of
-from inlay.moshi.weights import CONFIG_NAME, load_checkpoint
+from inlay.moshi.weights import CONFIG_NAME, is_conditioned, load_checkpoint
 
 Samples = NDArray[np.float32]
 
@@ -85,7 +85,7 @@ class Moshi:
         who = self.source or "this model"
         if self.lm.dep_q == 0:
             raise RunError(f"{who} only listens (its dep_q is 0): it has no voice to answer with")
-        if self.lm.condition_provider is not None or self.lm.fuser is not None:
+        if is_conditioned(self.lm):
             raise RunError(f"{who} wants conditions (it has a fuser), which a conversation does not give")
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 from moshi.models.lm import LMModel
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from inlay.moshi.attention import QUERIES, attention_within, use_windowed_attent
 from inlay.moshi.inputs import embed, training_steps
 from inlay.moshi.loss import SLICE, LossConfig, MoshiLoss, SliceNats, moshi_loss, uncompiled
 from inlay.moshi.norm import use_sliced_norms
+from inlay.moshi.weights import is_conditioned
 
 
 class MoshiForTraining(nn.Module):
@@ -59,7 +60,7 @@ class MoshiForTraining(nn.Module):
         slice_nats: SliceNats | None = None,
     ) -> None:
         super().__init__()
-        if lm.fuser is not None or lm.condition_provider is not None:
+        if is_conditioned(lm):
             raise InlayError("this model is conditioned (it has a fuser); training with conditions is not supported")
         self.lm = lm
         self.loss_config = config or LossConfig()
@@ -148,13 +149,3 @@ class MoshiForTraining(nn.Module):
         if bool((documents == documents[:, :1]).all() & (documents >= 0).all()):
             return None
         return documents
-
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Kyutai's own flag, as transformers' Trainer asks for it."""
-        self.lm.transformer.checkpointing = True
-
-    activation_checkpointing_enable = gradient_checkpointing_enable
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep activations."""
-        self.lm.transformer.checkpointing = False

@@ -46,7 +46,7 @@ def use_sliced_norms(modules: Iterable[nn.Module], *, frames: int = FRAMES) -> C
 
 def _forward(norm: RMSNorm, frames: int, x: Tensor) -> Tensor:
     """In place of ``RMSNorm.forward``: ``[B, T, D]`` to ``[B, T, D]``."""
-    if not torch.is_grad_enabled() or x.shape[1] <= frames:
+    if x.shape[1] <= frames:
         return type(norm).forward(norm, x)
     out: Tensor = _Sliced.apply(x, norm.alpha, norm, frames)  # type: ignore[no-untyped-call]
     return out

@@ -341,13 +341,21 @@ class _Rows:
         return rows
 
     def weighted(self, weights: Sequence[float | None]) -> list[Row]:
-        """An epoch's rows: all once, or, if any weight is given, as many in all, shared out by weight."""
-        given = {
-            source: (weights[source[0]], self._source_weight(source)) for source in self.rows_of if self.rows_of[source]
-        }
-        if all(weight is None for pair in given.values() for weight in pair):
+        """An epoch's rows: all once, or, if any weight is given, as many in all, shared out by weight: first among the
+        folders, if one of them has any, then within each among its sources. What has none beside others that have one
+        has 1; where no source of a folder has any, they share it by their rows."""
+        of_source = {source: self._source_weight(source) for source, rows in self.rows_of.items() if rows}
+        of_store = {store: weights[store] for store, _ in of_source}
+        if all(weight is None for weight in (*of_source.values(), *of_store.values())):
             return self.rows
-        shares = {source: math.prod(1.0 if w is None else w for w in pair) for source, pair in given.items()}
+        shares = {source: 1.0 if weight is None else weight for source, weight in of_source.items()}
+        if any(weight is not None for weight in of_store.values()):
+            for store, weight in of_store.items():
+                own = {source: share for source, share in shares.items() if source[0] == store}
+                if all(of_source[source] is None for source in own):
+                    own = {source: float(len(self.rows_of[source])) for source in own}
+                whole = sum(own.values()) / (1.0 if weight is None else weight)
+                shares |= {source: share / whole for source, share in own.items()}
         total, drawn = sum(shares.values()), []
         for number, (source, share) in enumerate(shares.items()):
             rows = self.rows_of[source]

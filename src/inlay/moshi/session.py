@@ -129,7 +129,8 @@ def load_session(path: str | Path, lm_gen: LMGen, mimi: MimiModel | None = None)
                 value.copy_(tensors[name])
             else:
                 setattr(owner, field, tensors[name].to(lm_gen.lm_model.device))
-    _set_random_state(lm_gen.lm_model.device, random)
+    if random.shape == _random_state(lm_gen.lm_model.device).shape:  # a GPU's numbers do not go on on a CPU
+        _set_random_state(lm_gen.lm_model.device, random)
     stream = stream_of(lm_gen.lm_model)
     if stream is not None and stream.steps is not None:
         stream.steps.version += 1

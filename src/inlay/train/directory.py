@@ -50,9 +50,9 @@ def refuse_another_run(directory: Path, recipe: Section, resume: bool) -> None:
         raise RunError(f"{directory} holds a run already. Go on with --resume, start another with name=…, or remove it")
     before = read_recipe(type(recipe), path)
     free = recipe.free_when_resumed
-    fixed = [one.model_dump(exclude={*free, "name"}) for one in (before, recipe)]  # a folder may be called anew
-    if fixed[0] != fixed[1]:
-        odd = ", ".join(key for key in fixed[0] if fixed[0][key] != fixed[1][key])
+    was, now = before.kept_when_resumed(), recipe.kept_when_resumed()
+    odd = ", ".join(key for key in was if was[key] != now[key])
+    if odd:
         raise RunError(
             f"{directory} was trained with another recipe ({path}), which differs in {odd}: when a run is resumed only "
             f"{', '.join(sorted(free))} may change. Resume with that one, or choose another name"

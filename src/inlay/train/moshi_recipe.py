@@ -34,10 +34,12 @@ _KNOBS = {
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "num_microbatches",
     "max_steps": "max_steps",
+    "num_train_epochs": "max_steps",
     "max_grad_norm": "max_norm",
     "learning_rate": "optim.lr",
     "weight_decay": "optim.weight_decay",
     "lr_scheduler_type": "optim.pct_start",
+    "lr_scheduler_kwargs": "optim.pct_start",
     "warmup_steps": "optim.pct_start",
     "logging_steps": "log_freq",
     "eval_steps": "eval_freq",
@@ -222,6 +224,11 @@ class MoshiRecipe(Section):
                 "and lora.enable: true go together"
             )
         return self
+
+    def kept_when_resumed(self) -> dict[str, Any]:
+        """What must be as it was: which optimizer trains what, too, as its state would not fit."""
+        groups = {f"optim.{name}": getattr(self.optim, name) is None for name in ("muon", "memory_lr")}
+        return super().kept_when_resumed() | groups
 
     @property
     def loss(self) -> LossConfig:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moshi.modules.transformer import RMSNorm
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -58,6 +59,11 @@ class MoshiTrainer(LossPartsTrainer, InlayTrainer):
             self.optimizer: torch.optim.Optimizer = MuonAdamW.of([self.model], self.args, self.muon)
         return super().create_optimizer(model)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The Trainer's, without Kyutai's norms, whose names do not tell."""
+        norms = {name for name, module in model.named_modules() if isinstance(module, RMSNorm)}
+        return [name for name in super().get_decay_parameter_names(model) if name.rpartition(".")[0] not in norms]
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> OneCycleLR:
         """moshi-finetune's: one cycle, up along a cosine in ``pct_start`` of the steps and down in the rest."""
         scheduler: OneCycleLR | None = vars(self)["lr_scheduler"]
@@ -71,7 +77,8 @@ class MoshiTrainer(LossPartsTrainer, InlayTrainer):
                 max_lr=peaks,
                 total_steps=steps,
                 pct_start=self.pct_start if rises else 0.0,
-                cycle_momentum=self.muon is None,  # Muon's is no beta of AdamW's
+                # Muon's is no beta of AdamW's, and some optimizers have neither.
+                cycle_momentum=self.muon is None and not {"betas", "momentum"}.isdisjoint(optimizer.defaults),
             )
             self.lr_scheduler = scheduler
             self._created_lr_scheduler = True

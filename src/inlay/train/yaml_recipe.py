@@ -48,6 +48,11 @@ class Section(BaseModel):
     free_when_resumed: ClassVar[frozenset[str]] = frozenset({"trainer"})
     """Of a whole recipe: the sections in which a run that is resumed may differ from what it was before."""
 
+    def kept_when_resumed(self) -> dict[str, Any]:
+        """Of a whole recipe: what must be as it was before, within those sections too."""
+        optimizer = {"trainer.optim": getattr(self, "trainer", {}).get("optim")}
+        return self.model_dump(exclude={*self.free_when_resumed, "name"}) | optimizer
+
 
 def check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments`` when transformers' ``TrainingArguments`` takes every one and none is the run's own to set.

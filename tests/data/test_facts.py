@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from inlay.data import DataError
-from inlay.data.facts import FactsDataset, facts, facts_context, facts_tokenizer
+from inlay.data.facts import FactsDataset, facts_context, facts_tokenizer
 from inlay.data.facts_language import LANGUAGES, Language
 from inlay.data.facts_words import TRADES, YEARS
 from inlay.data.qa import QAExample
 from inlay.data.qa_config import FactsConfig
+from inlay.data.sources import Split
 
 
 def config(**fields: Any) -> FactsConfig:
@@ -204,7 +205,9 @@ def test_the_small_vocabulary_is_small_and_shrinks_with_its_knobs() -> None:
 )
 def test_examples_are_the_same_in_every_process_and_on_every_machine(config: FactsConfig, digest: str) -> None:
     """These digests are of another process; one changes only where the data set itself is changed."""
-    examples = [facts(config, split, index) for split in ("train", "eval") for index in (0, 17, 5000)]
+    places = [divmod(index, config.questions) for index in (0, 17, 5000)]
+    splits: tuple[Split, ...] = ("train", "eval")
+    examples = [facts_context(config, split, context)[question] for split in splits for context, question in places]
     assert hashlib.sha256(repr(examples).encode()).hexdigest()[:16] == digest
 
 
@@ -224,7 +227,7 @@ def test_a_data_set_gives_examples_by_index_with_ids_of_their_own() -> None:
     assert len(examples) == len(data) == 10
     assert len({example.id for example in examples}) == 10
     assert len({example.context for example in examples}) == 3
-    assert examples[5] == facts(data.config, "eval", 5) == data[-5]
+    assert examples[5] == facts_context(data.config, "eval", 1)[1] == data[-5]
     assert data[2:4] == examples[2:4]
     assert isinstance(data[0], QAExample)
     with pytest.raises(IndexError, match="example 10 of 10"):

@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from inlay.data import DataError, QAConfig, QAExample, load_qa, qa_statistics
-from inlay.data.config import ByteTokenizer
-from inlay.data.facts import facts
+from inlay.data import DataError, QAConfig, QAExample, load_qa
+from inlay.data.facts import facts_context
 from inlay.data.qa_statistics import TokenLengths
-from inlay.data.tokenizer import load_tokenizer
 
 
 def config(**fields: Any) -> Any:
@@ -325,8 +323,9 @@ def test_generated_facts_are_loaded_without_being_made() -> None:
     settings = config(source="facts", train_examples=10**9)
     data = load_qa(settings)
     assert len(data.train) == 10**9
-    assert data.train[10**9 - 1] == facts(settings, "train", 10**9 - 1)
-    assert data.eval[0] == facts(settings, "eval", 0)
+    context, question = divmod(10**9 - 1, settings.questions)
+    assert data.train[10**9 - 1] == facts_context(settings, "train", context)[question]
+    assert data.eval[0] == facts_context(settings, "eval", 0)[0]
 
 
 @pytest.mark.parametrize(
@@ -351,33 +350,3 @@ def test_token_lengths_worked_by_hand() -> None:
     assert lengths.longest == 40
     assert [lengths.quantile(share) for share in (0.1, 0.101, 0.95, 0.951, 0.99, 1.0)] == [1, 3, 3, 7, 7, 40]
     assert [lengths.beyond(limit) for limit in (0, 3, 7, 39, 40)] == [1, 0.05, 0.01, 0.01, 0]
-
-
-def test_statistics_count_answers_with_their_eos_and_contexts_once() -> None:
-    """With one token per byte every length is known: 90 answers of 10, 6 of 20, 3 of 40, one of 70 bytes."""
-    tokenizer = load_tokenizer(ByteTokenizer(kind="bytes"), [])
-    lengths = [10] * 90 + [20] * 6 + [40] * 3 + [70]
-    examples = [
-        QAExample(str(number), "c" * (50 + number % 2), "q" * 5, ("a" * length, "another"))
-        for number, length in enumerate(lengths)
-    ]
-    examples += [QAExample("none", "c" * 90, "q" * 5, ())] * 2
-    counted = qa_statistics(examples, tokenizer, answer_tokens=20, context_limit=51)
-    assert (counted.questions, counted.unanswerable) == (102, 2)
-    assert counted.answer_lengths == TokenLengths(((10, 90), (20, 6), (40, 3), (70, 1)))
-    assert counted.question_lengths == TokenLengths(((5, 102),))
-    assert counted.context_lengths == TokenLengths(((50, 1), (51, 1), (90, 1)))
-    assert counted.beyond == ((12, 0.1), (32, 0.04), (64, 0.01))
-    assert (counted.answer_tokens_for_95, counted.answer_tokens_for_99) == (21, 41)
-    # An answer of 20 tokens and its EOS do not fit 20 new tokens, but 21.
-    assert (counted.answers_cut, counted.share_of_answers_cut) == (10, 0.1)
-    assert qa_statistics(examples, tokenizer, answer_tokens=21).answers_cut == 4
-    assert (counted.contexts_cut, counted.share_of_contexts_cut) == (1, pytest.approx(1 / 3))
-    assert json.loads(TypeAdapter(type(counted)).dump_json(counted))["answer_tokens_for_99"] == 41
-
-
-def test_statistics_without_an_answer_or_a_question() -> None:
-    tokenizer = load_tokenizer(ByteTokenizer(kind="bytes"), [])
-    nothing = qa_statistics([], tokenizer, answer_tokens=4)
-    assert (nothing.questions, nothing.answers_cut, nothing.share_of_answers_cut) == (0, 0, 0)
-    assert nothing.answer_tokens_for_95 == 1

@@ -63,6 +63,10 @@ def keeps_the_fact(model: Any, *ratios: int) -> Compressor[Any]:
     return KeepsTheFact(PoolConfig(ratios=ratios or (4,)), model)
 
 
+def tables(evaluation: CompressEvaluation) -> list[Table]:
+    return [item for item in evaluation.sections()[0].items if isinstance(item, Table)]
+
+
 def found(evaluation: CompressEvaluation, name: str, budget: str = "") -> MethodScores:
     method = evaluation.find(name, budget)
     assert method is not None, f"{name} {budget} is not in {[one.label for one in evaluation.methods]}"
@@ -92,7 +96,6 @@ def test_full_text_and_a_compressor_that_keeps_the_fact_answer_and_no_context_gu
         assert method.scores.exact_match < 0.3
         assert method.nll.mean > 1
         assert method.scores.f1 > method.scores.exact_match + 0.3  # every answer ends in Ada
-    assert found(evaluation, "soft tokens", "4×").nll_gain(found(evaluation, "no context")).low > 1
 
 
 def test_cut_text_answers_where_the_fact_was_not_cut_off() -> None:
@@ -196,13 +199,12 @@ def test_questions_with_and_without_an_answer_are_told_apart_in_the_table() -> N
     silent = squad_scores([""] * 12, references, contexts=contexts)
     one = replace(hand_made("soft tokens", "4×", [False] * 12, 12), scores=silent)
     evaluated = CompressEvaluation(12, 12, 16.0, 8, (one,))
-    overall, split, _ = (item for item in evaluated.sections()[0].items if isinstance(item, Table))
+    overall, split, _ = tables(evaluated)
     assert [str(cell).split()[0] for cell in overall.rows[0][1:3]] == ["50.0", "50.0"]
     assert split.columns[1:] == ["answerable: exact match", "F1", "unanswerable: right"]
     assert [str(cell).split()[0] for cell in split.rows[0][1:]] == ["0.0", "0.0", "100.0"]
     assert split.caption.startswith("6 of the questions")
-    assert len(evaluated.tables()) == 3
-    assert len(hand_made_evaluation(0.5).tables()) == 2  # all of these have an answer
+    assert len(tables(hand_made_evaluation(0.5))) == 2  # all of these have an answer
 
 
 # What it costs
@@ -353,8 +355,8 @@ def test_the_model_is_left_as_it_was(wrap: Callable[[Any], Any], fails: bool) ->
 # What can be said of it
 
 
-def test_results_say_the_same_in_json_terminal_and_report(evaluation: CompressEvaluation, tmp_path: Any) -> None:
-    content = json.loads(evaluation.write(tmp_path / "out" / "compress.json").read_text())
+def test_results_say_the_same_in_json_terminal_and_report(evaluation: CompressEvaluation) -> None:
+    content = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))
     assert [one["method"] for one in content["methods"]][:4] == [
         "full text", "no context", "another context", "soft tokens",
     ]  # fmt: skip
@@ -365,8 +367,6 @@ def test_results_say_the_same_in_json_terminal_and_report(evaluation: CompressEv
     console, sections = Console(record=True, width=160, file=io.StringIO()), evaluation.sections()
     for section in sections:
         print_section(console, section)
-    for table in evaluation.tables():
-        console.print(table)
     page = render_report(Report("Compression", sections=sections))
     for text in (console.export_text(), page):
         assert "At 4× soft tokens have exact match 100.0 %: 100.0 % of full text" in text
@@ -445,7 +445,7 @@ def test_one_context_alone_has_no_other_and_no_interval() -> None:
     assert math.isnan(found(result, "full text").nll.low)
     assert result.to_json()["methods"][0]["nats_per_token"]["low"] is None
     assert "about 1 different contexts, too few" in result.warnings()[0]
-    assert len(result.tables()) == 2
+    assert len(tables(result)) == 2
 
 
 def test_a_compressor_of_fixed_slots_is_measured_at_them() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from inlay.evaluate import paired_interval
-from inlay.evaluate.intervals import student
+from inlay.evaluate.intervals import mean_interval, student
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,15 @@ def test_sequences_without_labels_do_not_count() -> None:
     with_empty = paired_interval(np.array([1.0, 0.0, 3.0]), np.array([10, 0, 10]))
     assert with_empty == paired_interval(np.array([1.0, 3.0]), np.array([10, 10]))
     assert np.isnan(paired_interval(np.zeros(2), np.zeros(2, dtype=int)).mean)
+
+
+def test_answers_that_agree_within_their_group_count_once() -> None:
+    scores = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    once = mean_interval(scores, np.arange(6))
+    assert mean_interval(np.repeat(scores, 9), np.repeat(np.arange(6), 9)).half == pytest.approx(once.half)
+
+
+def test_groups_without_a_mistake_leave_room_for_doubt() -> None:
+    interval = mean_interval(np.ones(80), np.repeat(np.arange(20), 4))
+    assert interval.low == pytest.approx(20 / (20 + 1.959964**2))  # Wilson, 20 of 20
+    assert interval.high == 1.0

@@ -13,7 +13,6 @@ from inlay import FastWeightConfig
 from inlay.data import pack_documents
 from inlay.evaluate import (
     EvaluationError,
-    compare_memory,
     difference,
     loss_by_position,
     with_and_without_memory,
@@ -116,7 +115,7 @@ def test_eta_zero_is_the_same_checkpoint_with_a_memory_of_no_step_bit_for_bit() 
     data = packed(documents(24, 24, 17), 24)
     model = llama()
     inlay.attach(model, FastWeightConfig(**RANDOM, eta=0.05))
-    both = compare_memory(model, data)
+    both = with_and_without_memory(model, lambda: loss_by_position(model, data))
     assert list(both) == ["memory", "eta = 0"]
 
     still = llama()

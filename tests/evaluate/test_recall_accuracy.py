@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from inlay.data import RecallConfig, RecallDataset
-from inlay.evaluate import EvaluationError, recall_accuracy
+from inlay.evaluate import Evaluation, EvaluationError, recall_accuracy
+from inlay.report import Table
+from inlay.report.numbers import MISSING
 from tests.evaluate.models import Guesser, Oracle
 
 CONFIG = RecallConfig(task="recall", sequence_length=64, pairs=8, keys=12, values=10, min_distance=10, eval_examples=60)
@@ -23,8 +26,40 @@ def test_an_oracle_recalls_everything(dataset: RecallDataset) -> None:
     assert result.questions == 60 * 8
     assert (result.by_distance[result.counts > 0] == 1.0).all()
     interval = result.interval()
-    assert interval.low == pytest.approx(480 / (480 + 1.959964**2), abs=1e-6)  # Wilson at 480 of 480
-    assert interval.high == 1.0
+    assert interval.low == pytest.approx(60 / (60 + 1.959964**2), abs=1e-6)  # Wilson at 60 of 60 sequences
+    assert interval.mean == interval.high == 1.0
+
+
+class Forgetful(Oracle):
+    """Knows nothing of every other sequence."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(input_ids)
+        logits[::2] = 0.0
+        return logits
+
+
+def test_questions_of_one_sequence_are_no_independent_measurements(dataset: RecallDataset) -> None:
+    """Sequences that are known whole or not at all: 480 answers say as much as 60 do."""
+    result = recall_accuracy(Forgetful(dataset), dataset, batch_size=6)
+    assert result.sequence_correct.tolist() == [0, 8] * 30
+    assert result.sequence_counts.tolist() == [8] * 60
+    interval = result.interval()
+    error = np.sqrt(0.25 / 59) * 2.0010  # of the mean of 60 values that are 0 or 1, by Student's t
+    trials = 0.25 / (error / 1.959964) ** 2
+    half = 1.959964 / (1 + 1.959964**2 / trials) * np.sqrt(0.25 / trials + 1.959964**2 / (4 * trials**2))
+    assert interval.mean == 0.5
+    assert interval.half == pytest.approx(half, rel=1e-4)
+    assert interval.half > 0.12  # by the questions it would be 0.045
+
+
+def test_one_sequence_alone_has_no_interval(dataset: RecallDataset) -> None:
+    result = recall_accuracy(Oracle(dataset), dataset, max_sequences=1)
+    assert result.interval().mean == 1.0
+    assert np.isnan(result.interval().low)
+    rows = Evaluation().add({"oracle": result}).sections()[0].items[1]
+    assert isinstance(rows, Table)
+    assert rows.rows[0][:3] == ["oracle", "100.0 %", MISSING]
 
 
 def test_guessing_among_the_values_is_right_by_chance(dataset: RecallDataset) -> None:

@@ -14,7 +14,6 @@ from inlay.data import RecallDataset
 from inlay.evaluate import (
     Evaluation,
     EvaluationError,
-    compare_memory,
     difference,
     growing_context,
     loss_by_position,
@@ -30,11 +29,12 @@ from tests.evaluate.test_recall_accuracy import CONFIG
 @pytest.fixture(scope="module")
 def evaluation() -> Evaluation:
     model, texts = llama(), documents(24, 24, 24)
+    data = packed(texts, 24)
     inlay.attach(model, FastWeightConfig(**RANDOM, eta=0.05))
     recall = RecallDataset(CONFIG, "eval")
     return (
         Evaluation(baseline="eta = 0", window=8)
-        .add(compare_memory(model, packed(texts, 24)))
+        .add(with_and_without_memory(model, lambda: loss_by_position(model, data)))
         .add(with_and_without_memory(model, lambda: growing_context(model, texts, block=4, contexts=[2, 8, 16])))
         .add({"memory": recall_accuracy(Oracle(recall), recall, bins=[0, 10, 30, 64])})
         .add({"eta = 0": recall_accuracy(Guesser(recall), recall, bins=[0, 10, 30, 64])})

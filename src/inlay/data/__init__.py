@@ -17,7 +17,6 @@ from inlay.data.problems import DataError
 from inlay.data.qa import QAData, load_qa
 from inlay.data.qa_config import DatasetQAConfig, FactsConfig, JsonlConfig, QAConfig, SquadConfig
 from inlay.data.qa_sources import QAExample
-from inlay.data.qa_statistics import QAStatistics, TokenLengths, qa_statistics
 from inlay.data.recall import RecallDataset
 from inlay.data.sources import Document
 from inlay.data.statistics import DataStatistics, MemoryStatistics, PackingStatistics
@@ -42,12 +41,10 @@ __all__ = [
     "QAConfig",
     "QAData",
     "QAExample",
-    "QAStatistics",
     "RecallConfig",
     "RecallDataset",
     "SquadConfig",
     "TextConfig",
-    "TokenLengths",
     "TokenizerConfig",
     "collate",
     "facts_context",
@@ -56,5 +53,4 @@ __all__ = [
     "load_qa",
     "load_tokenizer",
     "pack_documents",
-    "qa_statistics",
 ]

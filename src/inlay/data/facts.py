@@ -69,12 +69,6 @@ class FactsDataset(Sequence[QAExample]):
         return self._made[1][question]
 
 
-def facts(config: FactsConfig, split: Split, index: int) -> QAExample:
-    """Example `index` of a split, which goes on for ever: question `index % questions` about its context."""
-    context, question = divmod(index, config.questions)
-    return facts_context(config, split, context)[question]
-
-
 def facts_context(config: FactsConfig, split: Split, number: int) -> tuple[QAExample, ...]:
     """The examples of context `number`, one per question.
 

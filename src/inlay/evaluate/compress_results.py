@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import rich.table
 
 from inlay.evaluate.compress_methods import CUTS, FULL_TEXT, MEAN_POOLED, NO_CONTEXT, SOFT_TOKENS, UNTRAINED
 from inlay.evaluate.compress_scores import MethodScores
 from inlay.evaluate.intervals import Interval
 from inlay.evaluate.squad import ScoreIntervals
 from inlay.report import Plot, Section, Series, Table, Text, line_plot
-from inlay.report.console import rich_table
 from inlay.report.document import Align, Item, Verdict
-from inlay.report.jsonfile import plain, write_json
+from inlay.report.jsonfile import plain
 from inlay.report.numbers import MINUS, MISSING, Cell, short
 
 _EXPLAINED = (
@@ -134,14 +130,6 @@ class CompressEvaluation:
                 "warnings": self.warnings(),
             }
         )
-
-    def write(self, path: str | Path) -> Path:
-        """Write :meth:`to_json` to ``path``, whole or not at all; its folder is made if missing."""
-        return write_json(self.to_json(), path)
-
-    def tables(self) -> list[rich.table.Table]:
-        """Answers and cost, for the terminal."""
-        return [rich_table(table) for table in (self._answers(), *self._with_and_without(), self._cost())]
 
     def sections(self) -> list[Section]:
         """One section: what it comes to, F1 against ratio, answers and cost."""

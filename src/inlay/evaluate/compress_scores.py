@@ -6,9 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from inlay.evaluate.intervals import Interval, paired_interval
+from inlay.evaluate.intervals import Interval
 from inlay.evaluate.squad import SquadScores
 
 
@@ -54,12 +52,6 @@ class MethodScores:
     def label(self) -> str:
         """Name and budget."""
         return f"{self.name} {self.budget}".strip()
-
-    def nll_gain(self, baseline: MethodScores) -> Interval:
-        """How many nats per token of the same answers this saves over ``baseline``, with its paired interval."""
-        groups = np.array(self.scores.contexts)
-        saved = np.bincount(groups, np.array(baseline.nats) - np.array(self.nats)).astype(np.float64)
-        return paired_interval(saved, np.bincount(groups, np.array(self.tokens)).astype(np.int64))
 
     def to_json(self) -> dict[str, Any]:
         """Plain types; without the single questions."""

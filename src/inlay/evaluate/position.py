@@ -134,10 +134,6 @@ class LossDifference:
     quarters: tuple[Interval, ...]
     mean: Interval
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain types."""
-        return {"mean": self.mean.to_json(), "quarters": [quarter.to_json() for quarter in self.quarters]}
-
 
 def loss_by_position(
     model: nn.Module,
@@ -238,37 +234,6 @@ def with_and_without_memory(model: nn.Module, evaluate: Callable[[], Result]) ->
     with memory.disabled():
         results[NO_STEP] = evaluate()
     return results
-
-
-def compare_memory(
-    model: nn.Module,
-    dataset: Rows,
-    *,
-    collate: Collate = default_collate,
-    batch_size: int = 8,
-    device: torch.device | str | None = None,
-    max_sequences: int | None = None,
-    position: Literal["sequence", "document"] = "sequence",
-    progress: Progress | None = None,
-) -> dict[str, PositionLoss]:
-    """:func:`loss_by_position` of the same checkpoint with its memory and with η = 0.
-
-    Arguments are those of :func:`loss_by_position`; ``progress`` runs through the sequences twice. How η = 0 is made
-    exact is told at :func:`with_and_without_memory`.
-    """
-    return with_and_without_memory(
-        model,
-        lambda: loss_by_position(
-            model,
-            dataset,
-            collate=collate,
-            batch_size=batch_size,
-            device=device,
-            max_sequences=max_sequences,
-            position=position,
-            progress=progress,
-        ),
-    )
 
 
 def _bucket(positions: Integers, length: int, n: int) -> Integers:

@@ -13,7 +13,7 @@ from torch import nn
 
 from inlay.data.packing import NO_LABEL, TOKEN_COLUMNS, collate
 from inlay.data.recall import RecallDataset
-from inlay.evaluate.intervals import Interval
+from inlay.evaluate.intervals import Interval, mean_interval
 from inlay.evaluate.scoring import (
     EvaluationError,
     Floats,
@@ -26,7 +26,6 @@ from inlay.evaluate.scoring import (
     evaluating,
     logits_of,
 )
-from inlay.report.series import wilson
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +37,16 @@ class RecallAccuracy:
         correct: ``[N]`` right answers.
         counts: ``[N]`` questions.
         chance: Share that guessing among the values gets right.
+        sequence_correct: ``[S]`` right answers of each sequence.
+        sequence_counts: ``[S]`` questions of each sequence.
     """
 
     edges: Floats
     correct: Integers
     counts: Integers
     chance: float
+    sequence_correct: Integers
+    sequence_counts: Integers
 
     @property
     def questions(self) -> int:
@@ -61,15 +64,24 @@ class RecallAccuracy:
         return divide(self.correct.astype(np.float64), self.counts)
 
     def interval(self) -> Interval:
-        """The accuracy with its 95 % interval (Wilson)."""
-        low, high = wilson(np.array([self.accuracy]), np.array([float(self.questions)]))
-        return Interval(self.accuracy, float(low[0]), float(high[0]))
+        """The accuracy with its 95 % interval, from the spread between sequences.
+
+        A sequence's questions share its pairs and the memory that was written of them, so they are no independent
+        measurements. Where all answers are right, or all wrong, nothing spreads and nothing says how alike those of
+        one sequence are: each sequence then counts as one question, and the interval of S sequences without a mistake
+        is Wilson's, from S / (S + 1.96²) to 1. The ends are NaN with fewer than two sequences.
+        """
+        wrong = self.sequence_counts - self.sequence_correct
+        sequences = len(self.sequence_counts)
+        scores = np.repeat(np.tile([1.0, 0.0], sequences), np.stack([self.sequence_correct, wrong], axis=1).ravel())
+        return mean_interval(scores, np.repeat(np.arange(sequences), self.sequence_counts))
 
     def to_json(self) -> dict[str, Any]:
         """Plain types."""
         return {
             "accuracy": self.interval().to_json(),
             "questions": self.questions,
+            "sequences": len(self.sequence_counts),
             "chance": self.chance,
             "distance_edges": self.edges.tolist(),
             "accuracy_by_distance": self.by_distance.tolist(),
@@ -105,7 +117,7 @@ def recall_accuracy(
     """
     where = device_of(model) if device is None else torch.device(device)
     with_distances = partial(collate, columns=(*TOKEN_COLUMNS, "distances"))
-    distances, right = [], []
+    distances, right, sequence_correct, sequence_counts = [], [], [], []
     with evaluating(model):
         for batch in batches(
             dataset,
@@ -117,8 +129,10 @@ def recall_accuracy(
         ):
             wanted = batch["labels"][:, 1:]
             asked = wanted != NO_LABEL
-            answers = logits_of(model, batch)[:, :-1].argmax(-1)
-            right.append((answers == wanted)[asked].cpu().numpy())
+            hit = asked & (logits_of(model, batch)[:, :-1].argmax(-1) == wanted)
+            right.append(hit[asked].cpu().numpy())
+            sequence_correct.append(hit.sum(1).cpu().numpy())
+            sequence_counts.append(asked.sum(1).cpu().numpy())
             distances.append(batch["distances"][:, 1:][asked].cpu().numpy())
     distance, correct = np.concatenate(distances), np.concatenate(right)
     edges = _edges(bins, distance)
@@ -127,6 +141,8 @@ def recall_accuracy(
         np.histogram(distance[correct], edges)[0].astype(np.int64),
         np.histogram(distance, edges)[0].astype(np.int64),
         1 / dataset.config.values,
+        np.concatenate(sequence_correct),
+        np.concatenate(sequence_counts),
     )
 
 

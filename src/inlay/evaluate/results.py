@@ -190,16 +190,19 @@ class Evaluation:
         rows: list[list[str]] = []
         for name, recall in self.recalls.items():
             answer = recall.interval()
+            known = math.isfinite(answer.half)
             rows.append(
                 [
                     name,
                     f"{100 * answer.mean:.1f} %",
-                    f"{100 * answer.low:.1f} to {100 * answer.high:.1f} %",
+                    f"{100 * answer.low:.1f} to {100 * answer.high:.1f} %" if known else MISSING,
                     f"{recall.questions:,}",
                     f"{100 * recall.chance:.1f} %",
                 ]
             )
-        return Table(["", "right answers", "95 % interval", "questions", "by chance"], rows)
+        first = next(iter(self.recalls.values()))
+        caption = f"Intervals are from the spread between {len(first.sequence_counts):,} sequences."
+        return Table(["", "right answers", "95 % interval", "questions", "by chance"], rows, caption)
 
     def _compared(self, variants: Mapping[str, Result]) -> list[str]:
         if self.baseline not in variants:

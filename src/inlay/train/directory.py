@@ -18,7 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from inlay.fastweight import InlayError
-from inlay.train.trainer import MetricsFile, ProgressBar
+from inlay.train.trainer import MetricsFile, ProgressBar, best_checkpoint
 from inlay.train.yaml_recipe import RecipeError, Section, dump_recipe, read_recipe
 
 RECIPE = "recipe.yaml"
@@ -160,8 +160,8 @@ def run_trainer(trainer: Trainer, directory: Path, *, resume: bool, console: Con
         state = TrainerState.load_from_json(str(last / _STATE))
         if _is_over(state, trainer.args):
             console.print(f"{last} is the end of the training")
-            best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-            trainer._load_from_checkpoint(best or str(last))
+            best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+            trainer._load_from_checkpoint(str(best_checkpoint(state, trainer.args) if best else last))
             writer.close()
             return {}
         console.print(f"resuming from {last}")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_pt_utils import find_batch_size
 
 from inlay.fastweight import InlayError
 from inlay.train.resuming import ResumableTrainer
+from inlay.train.trainer import best_checkpoint
 
 
 class TrainingError(InlayError, RuntimeError):
@@ -23,7 +25,7 @@ class LossTrainer(ResumableTrainer):
     checkpoints hold is loaded by ``_load_from_checkpoint`` alone."""
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(str(best_checkpoint(self.state, self.args)))
 
     def prediction_step(
         self,
@@ -39,7 +41,8 @@ class LossTrainer(ResumableTrainer):
 
 class LossPartsTrainer(LossTrainer):
     """A :class:`LossTrainer` that logs each part of the loss by itself (``loss/NAME``, ``eval_loss/NAME``), as the mean
-    over the batches since the last log that had it.
+    over the batches since the last log that had it. A batch weighs as its rows: a short last one does not count as much
+    as a full one.
     """
 
     part: ClassVar[str] = "loss"
@@ -49,13 +52,34 @@ class LossPartsTrainer(LossTrainer):
     """What to do where a part is not a number."""
 
     def __init__(self, **kwargs: Any) -> None:
-        self._parts: dict[bool, dict[str, list[Tensor]]] = {True: defaultdict(list), False: defaultdict(list)}
+        self._parts: dict[bool, dict[str, list[tuple[Tensor, int]]]] = {
+            True: defaultdict(list),
+            False: defaultdict(list),
+        }
+        self._rows = 1
         super().__init__(**kwargs)
 
     def note_parts(self, training: bool, parts: Mapping[str, Tensor]) -> None:
         """Keep the parts of one batch's loss for the log."""
         for name, value in parts.items():
-            self._parts[training][name].append(value.detach())
+            self._parts[training][name].append((value.detach(), self._rows))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of one microbatch, whose rows are counted."""
+        self._rows = find_batch_size(inputs) or 1
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss of an evaluation batch, whose rows are counted."""
+        self._rows = find_batch_size(inputs) or 1
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def more_to_log(self, training: bool, means: Mapping[str, float]) -> dict[str, float]:
         """What a subclass logs beside the means of the parts."""
@@ -75,12 +99,9 @@ class LossPartsTrainer(LossTrainer):
         super().log(logs, start_time)
 
     def _means(self, training: bool) -> dict[str, float]:
-        """The mean of each part since the last call, over all processes."""
+        """The mean of each part over the rows since the last call, of all processes."""
         parts = self._parts[training]
-        means = {
-            name: float(self.accelerator.reduce(torch.stack(values).float().mean(), "mean"))
-            for name, values in parts.items()
-        }
+        means = {name: self._mean(noted) for name, noted in parts.items()}
         parts.clear()
         for name, mean in means.items():
             if not math.isfinite(mean):
@@ -88,3 +109,9 @@ class LossPartsTrainer(LossTrainer):
                     f"the {self.part} {name!r} is {mean} at step {self.state.global_step}; {self.if_not_finite}"
                 )
         return means
+
+    def _mean(self, noted: Sequence[tuple[Tensor, int]]) -> float:
+        values = torch.stack([value for value, _ in noted]).float()
+        rows = values.new_tensor([count for _, count in noted])
+        total, weight = self.accelerator.reduce(torch.stack([(rows * values).sum(), rows.sum()]), "sum").tolist()
+        return float(total / weight)

@@ -53,7 +53,7 @@ def write_run_report(directory: Path, sections: Sequence[Section] = ()) -> Path:
     recipe = load_recipe(directory / RECIPE)
     steps, loss = training_curve(directory)
     lines = read_metrics(directory / METRICS)
-    evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    evaluated = [line["eval_loss"] for line in lines if isinstance(line.get("eval_loss"), float)]
     headlines = []
     if loss:
         headlines.append(Headline("training loss", f"{loss[-1] / math.log(2):.2f}", "bits per token, last logged"))
@@ -103,7 +103,7 @@ def memory_sections(lines: Sequence[Mapping[str, Any]]) -> list[Section]:
     ]
     items: list[Text | Figure] = [Text(line[WARNING], tone="warning") for line in lines if WARNING in line]
     items += [figure for figure in figures if figure is not None]
-    dead = [line[PREFIX + "dead_chunks"] for line in lines if PREFIX + "dead_chunks" in line]
+    dead = [share for line in lines if isinstance(share := line.get(PREFIX + "dead_chunks"), float)]
     if dead:
         share = sum(dead) / len(dead)
         items.append(
@@ -162,5 +162,6 @@ def _series(lines: Sequence[Mapping[str, Any]], key: str, name: str, *, range_of
     steps, values = [line["step"] for line in kept], [line[PREFIX + key] for line in kept]
     if range_of is None:
         return Series(name, steps, values)
-    ranges = [[value for other, value in line.items() if other.startswith(PREFIX + range_of)] for line in kept]
+    blocks = [[value for other, value in line.items() if other.startswith(PREFIX + range_of)] for line in kept]
+    ranges = [[value for value in values if isinstance(value, float)] for values in blocks]
     return Series(name, steps, values, band=([*map(min, ranges)], [*map(max, ranges)]))

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 
+from inlay.data.packing import NO_LABEL
 from inlay.fastweight import Memory
 from inlay.train.monitor import PREFIX, MemoryMonitor
 from inlay.train.resuming import ResumableTrainer
@@ -24,6 +27,9 @@ class InlayTrainer(ResumableTrainer):
 
     Checkpoints hold the memory and the base weights that took part in training (``memory/``) and PEFT adapters
     (``adapter/``); optimizer, scheduler and random state are the Trainer's own, so a resumed run goes on exactly.
+
+    The evaluation loss is the mean over all tokens that are predicted, in nats. The Trainer's own is the mean of the
+    batches' means, in which a token of a short row weighs more than one of a long row, by how rows fall into batches.
 
     Args:
         memory: The memory attached to ``model``; None for a plain model.
@@ -43,6 +49,7 @@ class InlayTrainer(ResumableTrainer):
         self.memory = memory
         self.memory_learning_rate = memory_learning_rate
         self.monitor = monitor
+        self._scored: list[Tensor] = []
         super().__init__(**kwargs)
         if memory is not None:
             self.add_callback(FiniteMemory(memory))
@@ -65,6 +72,38 @@ class InlayTrainer(ResumableTrainer):
         if self.accelerator.sync_gradients:
             self.monitor.note_gradients(self.accelerator.scaler)
         return loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """The Trainer's step of an evaluation, with nats and tokens of each row kept for the loss per token."""
+        loss, outputs, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        if labels is not None:
+            logits = outputs[0] if isinstance(outputs, tuple) else outputs
+            # Row by row: gathered like this, rows that only fill up the last batch of several processes fall away.
+            self._scored.append(self.gather_function(row_nats(logits, labels)))
+        return (loss, None, None) if prediction_loss_only else (loss, outputs, labels)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The Trainer's evaluation, whose loss is per token."""
+        self._scored.clear()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._scored:
+            nats, tokens = torch.cat(self._scored).cpu().double().sum(0).tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = nats / tokens if tokens else math.nan
+            self._scored.clear()
+        return output
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """The Trainer's log, with what the monitor measured of the step."""
@@ -90,8 +129,8 @@ class InlayTrainer(ResumableTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.memory is None:
             super()._save(output_dir, state_dict)
-            return
-        save_weights(self.model, self.memory, Path(output_dir or self.args.output_dir))
+        elif self.args.should_save:  # the Trainer asks every process
+            save_weights(self.model, self.memory, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.memory is None:
@@ -100,7 +139,7 @@ class InlayTrainer(ResumableTrainer):
         load_weights(self.model, self.memory, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(str(best_checkpoint(self.state, self.args)))
 
 
 class FiniteMemory(TrainerCallback):
@@ -169,6 +208,35 @@ class ProgressBar(ProgressCallback):
             names = ("loss", "eval_loss", "grad_norm", "learning_rate", PREFIX + "output_share")
             shown = {name: f"{logs[name]:.4g}" for name in names if name in logs}
             self.training_bar.set_postfix(shown)
+
+
+def row_nats(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of each row's labels given the logits one position before them, and how many they are.
+
+    Args:
+        logits: ``[B, T, vocabulary]``.
+        labels: ``[B, T]`` in transformers' convention: not shifted, −100 where nothing is predicted.
+
+    Returns:
+        ``[B, 2]`` float32: sum in nats, labels.
+    """
+    wanted = labels[:, 1:]
+    nats = [
+        F.cross_entropy(row[:-1].float(), own, ignore_index=NO_LABEL, reduction="sum")
+        for row, own in zip(logits, wanted, strict=True)  # so that the float32 copy is of one row
+    ]
+    return torch.stack([torch.stack(nats), (wanted != NO_LABEL).sum(1).float()], dim=1)
+
+
+def best_checkpoint(state: TrainerState, arguments: TrainingArguments) -> Path:
+    """Where the best checkpoint lies now: ``state`` has its path when it was written, and a run may be renamed.
+
+    Args:
+        state: Knows a best checkpoint.
+        arguments: The run's as it goes on.
+    """
+    assert state.best_model_checkpoint is not None
+    return Path(arguments.output_dir) / Path(state.best_model_checkpoint).name
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

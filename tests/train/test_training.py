@@ -375,13 +375,15 @@ def test_what_kept_no_checkpoint_begins_anew_and_is_not_begun_anew_once_it_has_f
 
 def test_the_best_model_is_the_one_that_is_kept(tmp_path: Path) -> None:
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3, "greater_is_better": True}
-    train(recipe(trainer=best), tmp_path / "run")  # the highest loss, so that the first of the two is the best
-    first = load_file(tmp_path / "run" / "checkpoint-3" / "memory" / "memory.safetensors")
+    run = tmp_path / "run"
+    train(recipe(trainer=best), run)  # the highest loss, so that the first of the two is the best
+    first = load_file(run / "checkpoint-3" / "memory" / "memory.safetensors")
     for resumed in (False, True):
         if resumed:
-            cut_off(tmp_path / "run")
-            train(recipe(trainer=best), tmp_path / "run", resume=True)
-        kept = load_file(tmp_path / "run" / "memory" / "memory.safetensors")
+            run = run.rename(tmp_path / "called anew")
+            cut_off(run)
+            train(recipe(trainer=best), run, resume=True)
+        kept = load_file(run / "memory" / "memory.safetensors")
         assert kept.keys() <= first.keys()
         assert all(torch.equal(tensor, first[name]) for name, tensor in kept.items())
 

@@ -386,6 +386,11 @@ def test_the_best_model_is_the_one_that_is_kept(tmp_path: Path) -> None:
         kept = load_file(run / "memory" / "memory.safetensors")
         assert kept.keys() <= first.keys()
         assert all(torch.equal(tensor, first[name]) for name, tensor in kept.items())
+    run = run.rename(tmp_path / "and again")
+    train(recipe(trainer=best | {"max_steps": 9}), run, resume=True)
+    assert load_file(run / "memory" / "memory.safetensors").keys() == kept.keys()
+    for name, tensor in load_file(run / "memory" / "memory.safetensors").items():
+        assert torch.equal(tensor, first[name])
 
 
 @pytest.mark.parametrize(

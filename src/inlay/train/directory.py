@@ -165,6 +165,7 @@ def run_trainer(trainer: Trainer, directory: Path, *, resume: bool, console: Con
             writer.close()
             return {}
         console.print(f"resuming from {last}")
+        _find_best_again(state, trainer.args, last)
     elif resume:
         console.print(f"no checkpoint in {directory}: training begins anew")
     try:
@@ -210,6 +211,18 @@ def _epoch(checkpoint: Path) -> float:
         return float(json.loads((checkpoint / _STATE).read_text()).get("epoch") or 0.0)
     except (OSError, ValueError):
         return 0.0
+
+
+def _find_best_again(state: TrainerState, arguments: TrainingArguments, checkpoint: Path) -> None:
+    """Write into a checkpoint where the best one lies now; the Trainer forgets one that is not where it was."""
+    if state.best_model_checkpoint is None or Path(state.best_model_checkpoint).is_dir():
+        return
+    best = best_checkpoint(state, arguments)
+    if best.is_dir():
+        state.best_model_checkpoint = str(best)
+        new = checkpoint / f"{_STATE}.new"
+        state.save_to_json(str(new))
+        new.replace(checkpoint / _STATE)
 
 
 def _is_over(state: TrainerState, arguments: TrainingArguments) -> bool:

@@ -162,6 +162,8 @@ def _series(lines: Sequence[Mapping[str, Any]], key: str, name: str, *, range_of
     steps, values = [line["step"] for line in kept], [line[PREFIX + key] for line in kept]
     if range_of is None:
         return Series(name, steps, values)
-    blocks = [[value for other, value in line.items() if other.startswith(PREFIX + range_of)] for line in kept]
-    ranges = [[value for value in values if isinstance(value, float)] for values in blocks]
+    ranges = [
+        [value for other, value in line.items() if other.startswith(PREFIX + range_of) and isinstance(value, float)]
+        for line in kept
+    ]
     return Series(name, steps, values, band=([*map(min, ranges)], [*map(max, ranges)]))

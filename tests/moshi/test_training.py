@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
 import shutil
-import socket
 import wave
 from io import StringIO
 from pathlib import Path
@@ -16,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from rich.console import Console
 from transformers import TrainingArguments
 from typer.testing import CliRunner
@@ -35,6 +31,7 @@ from inlay.train.trainer import read_metrics
 from inlay.train.yaml_recipe import RecipeError, check_recipe, dump_recipe
 from tests.closeness import assert_close
 from tests.moshi.runs import make_recipe, make_store, make_toy
+from tests.processes import in_two_processes
 
 LORA = {"enable": True, "rank": 2}
 MODES: dict[str, dict[str, Any]] = {
@@ -308,29 +305,12 @@ def test_the_recipe_that_comes_along_is_valid() -> None:
     assert yaml.safe_load(dump_recipe(recipe))["moshi_paths"] is not None
 
 
-def _one_of_two(rank: int, port: int, recipe: MoshiRecipe, directory: Path) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, of one process
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    train_moshi(recipe, directory)
-    torch.distributed.destroy_process_group()
-
-
 def test_two_processes_train_what_one_trains(toy: MoshiCheckpoint, store: Path, tmp_path: Path) -> None:
     """As under torchrun: two processes of one sequence each make the step of one process of two microbatches."""
     changes: dict[str, Any] = MODES["memory+lora"] | {"batch_size": 1, "gradient_checkpointing": True}
     train_moshi(make_recipe(toy, store, num_microbatches=2, **changes), tmp_path / "one")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
     recipe = make_recipe(toy, store, **changes)
-    both = [context.Process(target=_one_of_two, args=(rank, port, recipe, tmp_path / "two")) for rank in (0, 1)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(120)
-    assert [process.exitcode for process in both] == [0, 0]
+    in_two_processes(lambda rank: train_moshi(recipe, tmp_path / "two"))
     one, two = (dict(load_moshi_run(tmp_path / name).lm.named_parameters()) for name in ("one", "two"))
     for name in one:
         assert_close(two[name].float(), one[name].float(), 1e-5, name)

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import socket
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
@@ -39,6 +34,7 @@ from inlay.train.compress_report import objective_curves, write_compress_report
 from inlay.train.directory import RunError
 from inlay.train.trainer import read_metrics
 from inlay.train.yaml_recipe import RecipeError
+from tests.processes import in_two_processes
 
 DATA = {"source": "facts", "facts": 2, "questions": 2, "tails": 10, "nouns": 24, "adjectives": 6, "eval_examples": 8}
 DECODER = {
@@ -112,28 +108,6 @@ def figures(directory: Path) -> list[dict[str, Any]]:
         for line in read_metrics(directory / "metrics.jsonl")
         if "loss" in line
     ]
-
-
-def in_two_processes(work: Callable[[int], object]) -> None:
-    """Call ``work`` with 0 and with 1, each in a process as torchrun starts it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def one(rank: int) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, of one process
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        work(rank)
-        torch.distributed.destroy_process_group()
-
-    both = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in (0, 1)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(120)
-        process.kill()  # one whose partner has failed waits for it
-    assert [process.exitcode for process in both] == [0, 0]
 
 
 class StoppedError(Exception):

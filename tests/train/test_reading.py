@@ -13,9 +13,9 @@ from torch import nn
 
 from inlay.fastweight import FastWeightConfig, attach
 from inlay.softtoken.layout import PromptLayout
-from inlay.train import reading
+from inlay.train import directory, reading
 from inlay.train.compress_data import tokenise_contexts
-from inlay.train.directory import RunError, begin_run
+from inlay.train.directory import RunError
 from inlay.train.reading import (
     ReadingRecipe,
     ReadingTask,
@@ -26,10 +26,11 @@ from inlay.train.reading import (
 )
 from inlay.train.trainer import read_metrics
 from inlay.train.weights import save_weights
-from inlay.train.yaml_recipe import RecipeError, check_recipe
+from inlay.train.yaml_recipe import RecipeError, check_recipe, dump_recipe
 from tests.closeness import assert_close
+from tests.processes import in_two_processes
 from tests.softtoken.local import llama, words
-from tests.train.test_compress import DATA, build_decoder, decoder, in_two_processes  # noqa: F401
+from tests.train.test_compress import DATA, build_decoder, decoder  # noqa: F401
 
 MEMORY = {"layers": [-1], "chunk_size": 4, "eta": 0.5, "init": "next_token", "normalize_target": True}
 LAYOUT = PromptLayout(bos=False, question="{question}", anchor="Answer", answer_tokens=4)
@@ -197,7 +198,7 @@ def test_of_two_processes_the_first_writes_for_both(tmp_path: Path, decoder: Pat
 
     def work(rank: int) -> None:
         reading.save_weights = never if rank else slowly
-        reading.begin_run = never if rank else begin_run
+        directory.dump_recipe = never if rank else dump_recipe  # as begin_run writes it
         train_reading(asked, tmp_path / "run")
         assert (tmp_path / "run" / "finished").is_file()  # the second waits for it
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
@@ -19,6 +15,7 @@ from inlay.fastweight import FastWeightConfig, attach
 from inlay.train import InlayTrainer
 from inlay.train.loss_parts import LossPartsTrainer
 from inlay.train.trainer import best_checkpoint
+from tests.processes import in_two_processes
 
 VOCABULARY = 32
 LENGTHS = (2, 12, 3, 11, 4)
@@ -98,28 +95,9 @@ def test_the_evaluation_loss_is_per_token_whatever_the_batches(tmp_path: Path, b
     assert metrics["eval_short_loss"] != metrics["eval_held_loss"]
 
 
-def _one_of_two(rank: int, port: int, directory: Path) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, of one process
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    loss = evaluated(directory, 2)
-    (directory / f"{rank}.txt").write_text(str(loss))
-    torch.distributed.destroy_process_group()
-
-
 def test_two_processes_have_the_loss_of_one(tmp_path: Path) -> None:
     """Five rows in batches of two: the last batch is filled up with rows that were there, which count once."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    both = [context.Process(target=_one_of_two, args=(rank, port, tmp_path)) for rank in (0, 1)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(120)
-        process.kill()  # one whose partner has failed waits for it
-    assert [process.exitcode for process in both] == [0, 0]
+    in_two_processes(lambda rank: (tmp_path / f"{rank}.txt").write_text(str(evaluated(tmp_path, 2))))
     for rank in (0, 1):
         assert float((tmp_path / f"{rank}.txt").read_text()) == pytest.approx(loss_by_hand(), rel=1e-5)
 

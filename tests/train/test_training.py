@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
-import socket
 import time
 from io import StringIO
 from pathlib import Path
@@ -14,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from rich.console import Console
 from safetensors.torch import load_file
@@ -32,6 +28,7 @@ from inlay.train import (
     train,
     write_run_report,
 )
+from tests.processes import in_two_processes
 
 MODEL = {
     "model_type": "llama",
@@ -97,32 +94,17 @@ def test_a_run_leaves_everything_in_its_directory_and_loads_again(tmp_path: Path
     assert "<svg" in write_run_report(directory).read_text()
 
 
-def _one_of_two(rank: int, port: int, chosen: Recipe, directory: Path) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, of one process
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    if rank:
-        time.sleep(0.5)  # comes to an empty directory all the same: the first waits for it before it begins the run
-    train(chosen, directory)
-    torch.distributed.destroy_process_group()
-
-
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     """As under torchrun: two processes of two sequences make the step of one process of four."""
     steps = {"max_steps": 3, "save_strategy": "no"}
     train(recipe(trainer=steps), tmp_path / "one")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     half = recipe(trainer=steps | {"per_device_train_batch_size": 2})
-    context = multiprocessing.get_context("fork")
-    both = [context.Process(target=_one_of_two, args=(rank, port, half, tmp_path / "two")) for rank in (0, 1)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(120)
-        process.kill()  # one whose partner has failed waits for it
-    assert [process.exitcode for process in both] == [0, 0]
+
+    def work(rank: int) -> None:
+        time.sleep(0.5 * rank)  # the second comes to an empty directory all the same: the first waits for it
+        train(half, tmp_path / "two")
+
+    in_two_processes(work)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
         assert torch.allclose(two[name], one[name], rtol=1e-4, atol=1e-5), name

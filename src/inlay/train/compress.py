@@ -151,9 +151,8 @@ def train_compressor(
     _try_one(task, data, trainer_class.objectives)
     console.print(_summary(task, data))
 
-    processes.wait_for_everyone()  # the others must not take this run for one that was there before
+    begin_run(directory, recipe)
     if processes.is_main_process:
-        begin_run(directory, recipe)
         if not (directory / TOKENIZER).is_dir():
             save_whole(directory / TOKENIZER, tokenizer.save_pretrained)
         if recipe.decoder.config is not None and not (directory / MODEL).is_dir():

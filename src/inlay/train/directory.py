@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainingArguments
@@ -95,10 +96,14 @@ def require_finished(directory: Path) -> None:
 
 
 def begin_run(directory: Path, recipe: Section) -> None:
-    """Make ``directory`` the run of ``recipe``, which has not finished."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / RECIPE).write_text(dump_recipe(recipe))
-    (directory / DONE).unlink(missing_ok=True)
+    """Make ``directory`` the run of ``recipe``, which has not finished. One of the processes writes."""
+    processes = PartialState()
+    processes.wait_for_everyone()  # the others must not take this run for one that was there before
+    if processes.is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / RECIPE).write_text(dump_recipe(recipe))
+        (directory / DONE).unlink(missing_ok=True)
+    processes.wait_for_everyone()
 
 
 def training_arguments(directory: Path, seed: int, trainer: dict[str, Any]) -> TrainingArguments:
@@ -165,7 +170,9 @@ def run_trainer(trainer: Trainer, directory: Path, *, resume: bool, console: Con
             writer.close()
             return {}
         console.print(f"resuming from {last}")
-        _find_best_again(state, trainer.args, last)
+        if trainer.is_world_process_zero():
+            _find_best_again(state, trainer.args, last)
+        PartialState().wait_for_everyone()
     elif resume:
         console.print(f"no checkpoint in {directory}: training begins anew")
     try:

@@ -71,15 +71,11 @@ class LossPartsTrainer(LossTrainer):
         return loss
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The loss of an evaluation batch, whose rows are counted."""
         self._rows = find_batch_size(inputs) or 1
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def more_to_log(self, training: bool, means: Mapping[str, float]) -> dict[str, float]:
         """What a subclass logs beside the means of the parts."""

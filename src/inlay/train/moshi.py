@@ -118,10 +118,7 @@ def train_moshi(
             console.print(split.table(name, chunk_size=memory.config.chunk_size, boundary=memory.config.boundary))
     console.print(_model_line(lm, memory))
 
-    processes.wait_for_everyone()  # the others must not take this run for one that was there before
-    if processes.is_main_process:
-        begin_run(directory, recipe)
-    processes.wait_for_everyone()
+    begin_run(directory, recipe)
     task = MoshiForTraining(lm, recipe.loss)
 
     def diagnose() -> str:

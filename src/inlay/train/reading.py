@@ -257,10 +257,7 @@ def train_reading(
     task = _build(recipe)
     data = load_qa(recipe.data)
     console.print(f"{task.memory}; {count_trained(task):,} parameters trained")
-    processes.wait_for_everyone()  # the others must not take this run for one that was there before
-    if processes.is_main_process:
-        begin_run(directory, recipe)
-    processes.wait_for_everyone()
+    begin_run(directory, recipe)
     trainer = ReadingTrainer(
         model=task,
         args=arguments,

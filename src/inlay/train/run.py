@@ -107,10 +107,7 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, console: Con
     console.print(_data_table(data, recipe))
     console.print(_model_line(model, memory))
 
-    processes.wait_for_everyone()  # the others must not take this run for one that was there before
-    if processes.is_main_process:
-        begin_run(directory, recipe)
-    processes.wait_for_everyone()
+    begin_run(directory, recipe)
     trainer = InlayTrainer(
         memory=memory,
         memory_learning_rate=recipe.memory_learning_rate,

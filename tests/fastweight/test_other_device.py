@@ -1,123 +1,26 @@
 """The memory on a device that is not the CPU, shown without one: every tensor the memory makes is where the model is.
 
-``Elsewhere`` is a tensor that says it lives on another device and computes on the CPU. An operator given operands of
-both raises, as CUDA does; so does data that is read without being fetched. What comes out is compared, bit for bit,
-with the same on the CPU. (The device calls itself ``meta``, the only one besides the CPU for which any build of
-PyTorch runs a backward.)
+What comes out is compared, bit for bit, with the same on the CPU (:mod:`tests.other_device`).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import inlay
 from inlay.fastweight.causal_lm import with_cache
 from tests.closeness import relative_error
+from tests.other_device import Elsewhere, back, elsewhere, other_device
 
-ELSEWHERE = "meta"
-aten = torch.ops.aten
-_MAY_MIX = {aten._to_copy.default, aten.copy_.default, aten.index.Tensor}
-"""Copies go from device to device, and CUDA lets a tensor be indexed by one on the CPU."""
-
-
-class Elsewhere(Tensor):
-    """A tensor on the other device; ``cpu_tensor`` holds its numbers."""
-
-    cpu_tensor: Tensor
-    is_cuda = True  # what the scan asks, to multiply bfloat16 as it is
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, cpu_tensor: Tensor) -> Elsewhere:
-        tensor = Tensor._make_wrapper_subclass(
-            cls,
-            cpu_tensor.size(),
-            strides=cpu_tensor.stride(),
-            storage_offset=cpu_tensor.storage_offset(),
-            dtype=cpu_tensor.dtype,
-            device=ELSEWHERE,
-        )
-        tensor.cpu_tensor = cpu_tensor
-        return tensor
-
-    def tolist(self) -> Any:
-        return self.cpu_tensor.tolist()
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return dispatch(func, args, kwargs or {})
-
-
-class TwoDevices(TorchDispatchMode):
-    """Within it tensors can be made on the other device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return dispatch(func, args, kwargs or {})
-
-
-def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run an operator on the CPU; its results are where its operands, or ``device``, say."""
-    operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    there = [operand for operand in operands if isinstance(operand, Elsewhere)]
-    here = [operand for operand in operands if not isinstance(operand, Elsewhere) and operand.dim()]
-    if here and there and func not in _MAY_MIX:
-        raise RuntimeError(f"{func}: {[*here[0].shape]} is on the CPU, {[*there[0].shape]} is not")
-    device = kwargs.get("device")
-    is_there = bool(there) if device is None else torch.device(device).type == ELSEWHERE
-    on_cpu = kwargs if device is None else kwargs | {"device": "cpu"}
-    args_here, kwargs_here = back((args, on_cpu))
-    result = func(*args_here, **kwargs_here)
-    returns = func._schema.returns
-    if returns and all(each.alias_info is not None and each.alias_info.is_write for each in returns):
-        return kwargs.get("out", args[0])
-    return tree_map_only(Tensor, Elsewhere, result) if is_there else result
-
-
-def elsewhere(model: nn.Module) -> nn.Module:
-    """Move ``model``."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not isinstance(parameter, Elsewhere):
-                module._parameters[name] = nn.Parameter(Elsewhere(parameter.data.clone()), parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not isinstance(buffer, Elsewhere):
-                module._buffers[name] = Elsewhere(buffer.clone())
-    return model
-
-
-def back(tensors: Any) -> Any:
-    return tree_map_only(Elsewhere, lambda tensor: tensor.cpu_tensor, tensors)
-
-
-@pytest.fixture(autouse=True)
-def other_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Autocast knows no such device, so it is off there; and ``torch.tensor`` passes no dispatcher."""
-    autocast, enabled, tensor = torch.autocast, torch.is_autocast_enabled, torch.tensor
-
-    def tensor_there(data: Any, **options: Any) -> Tensor:
-        device = options.get("device")
-        is_there = device is not None and torch.device(device).type == ELSEWHERE
-        return Elsewhere(tensor(data, **options | {"device": "cpu"})) if is_there else tensor(data, **options)
-
-    def maybe(device: str, *args: Any, **kwargs: Any) -> Any:
-        return contextlib.nullcontext() if device == ELSEWHERE else autocast(device, *args, **kwargs)
-
-    monkeypatch.setattr(torch, "tensor", tensor_there)
-    monkeypatch.setattr(torch, "autocast", maybe)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cuda": device != ELSEWHERE and enabled(device))
-    with TwoDevices():
-        yield
+__all__ = ["other_device"]
 
 
 def llama() -> Any:
@@ -243,3 +146,41 @@ def test_products_of_bfloat16_differ_from_those_of_float32_by_rounding_alone() -
 def test_operands_on_two_devices_are_refused() -> None:
     with pytest.raises(RuntimeError, match="is on the CPU"):
         Elsewhere(torch.ones(3)) + torch.ones(3)
+
+
+def test_rows_of_a_session_are_reset_chosen_and_copied_where_they_are() -> None:
+    ids, outputs = tokens(3), []
+    for there in (False, True):
+        model = (elsewhere(llama()) if there else llama()).eval()
+        memory = inlay.attach(model, settings())
+        given = Elsewhere(ids) if there else ids
+        with torch.no_grad():
+            session = memory.session(3)
+            session.step(given[:, :12])
+            session.reset([1])
+            session.select([2, 0, 1, 1])
+            twin = session.copy()
+            twin.reset(torch.tensor([True, False, False, False]))
+            rest = ids[[2, 0, 1, 1], 12:]
+            rest = Elsewhere(rest) if there else rest
+            logits = [back(one.step(rest).logits) for one in (session, twin)]
+            norms = torch.stack([back(norm) for norm in twin.sum_norms().values()])
+        outputs.append([*logits, norms, session.tokens_read, twin.chunks_committed])
+    for here, from_there in zip(*outputs, strict=True):
+        assert torch.equal(here, from_there)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}])
+def test_generation_is_the_same_as_on_the_cpu(options: dict[str, Any]) -> None:
+    ids, outputs = tokens(2, 12), []
+    mask = (torch.arange(12) >= torch.tensor([[0], [4]])).long()
+    for there in (False, True):
+        model: Any = (elsewhere(llama()) if there else llama()).eval()
+        inlay.attach(model, settings())
+        given = {"inputs": ids, "attention_mask": mask}
+        torch.manual_seed(0)
+        new = model.generate(
+            **(tree_map_only(Tensor, Elsewhere, given) if there else given), max_new_tokens=9, **options
+        )
+        outputs.append(back(new))
+    assert torch.equal(*outputs)

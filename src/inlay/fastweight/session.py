@@ -102,8 +102,8 @@ class Session:
         return {
             index: torch.linalg.vector_norm(layers[index].total().detach(), dim=(1, 2))
             if index in layers
-            else torch.zeros(self.batch_size)
-            for index in self.memory.layers
+            else torch.zeros(self.batch_size, device=layer.weight.device)
+            for index, layer in self.memory.layers.items()
         }
 
     @property

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.entry import Benchmark, Entry
 from benchmarks.measure import collect
-from inlay.report.document import replace_atomically
+from inlay.files import write_whole
 
 BUSY = 0.75
 """An idle machine gives the operation's entry about nine tenths of its threads' time."""
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "with --threads 1 so that threads do not wait for each other.[/]"
             )
     content = {"environment": _environment(device, options.quick), "entries": results}
-    path = replace_atomically(options.output, (json.dumps(content, indent=1) + "\n").encode())
+    path = write_whole(options.output, json.dumps(content, indent=1) + "\n")
     console.print(f"{time.perf_counter() - started:.0f} s in all, written to {path}")
 
 

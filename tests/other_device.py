@@ -54,6 +54,9 @@ class Elsewhere(Tensor):
     def data(self, value: Elsewhere) -> None:
         self.cpu_tensor = value.cpu_tensor
 
+    def new_tensor(self, data: Any, **options: Any) -> Elsewhere:
+        return Elsewhere(self.cpu_tensor.new_tensor(data, **options))
+
     def tolist(self) -> Any:
         return self.cpu_tensor.tolist()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Annotated
 
@@ -254,6 +255,10 @@ def demo(
     run_demo(runs / "demo", console)
 
 
+_PLACE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR}
+"""What is wrong with the place that was to be written to or read: the error says which."""
+
+
 def main() -> None:
     """Run the command; what was done wrong is told without a traceback."""
     try:
@@ -265,7 +270,8 @@ def main() -> None:
         from inlay.data import DataError
         from inlay.fastweight import InlayError
 
-        if not isinstance(error, InlayError | DataError):
+        place = isinstance(error, OSError) and error.errno in _PLACE_ERRORS
+        if not (place or isinstance(error, InlayError | DataError)):
             raise
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None

@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from inlay.data import QAConfig, QAExample, load_qa
-from inlay.data.whole import save_whole
 from inlay.evaluate.compress_measuring import cache_bytes_per_slot
 from inlay.evaluate.compress_methods import Budget, Ids, compressing_writer, context_ids, padded_ids, text_writer
 from inlay.evaluate.memories import (
@@ -41,6 +40,7 @@ from inlay.evaluate.memories_results import MemoriesEvaluation, TaskScores, ways
 from inlay.evaluate.scoring import Progress as ShowProgress
 from inlay.evaluate.scoring import choose, device_of
 from inlay.fastweight import Session
+from inlay.files import write_folder, write_whole
 from inlay.report import Code, Report, training_curves, write_report
 from inlay.report.console import print_section
 from inlay.report.document import Section
@@ -82,7 +82,7 @@ def compare_memories(
     processes.wait_for_everyone()  # all have looked before one of them writes
     if processes.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / RECIPE).write_text(dump_recipe(recipe))
+        write_whole(directory / RECIPE, dump_recipe(recipe))
     else:
         console = Console(quiet=True)
     # Of every task before anything is trained: data that cannot be had should not be found out after minutes.
@@ -151,7 +151,7 @@ def keep_decoder(recipe: CompressRecipe, place: Path, console: Console) -> str:
 
         processes = PartialState()
         if processes.is_main_process:
-            save_whole(place, save)
+            write_folder(place, save)
         processes.wait_for_everyone()
     return str(place)
 

@@ -186,11 +186,11 @@ def test_killed_again_and_again_it_goes_on_without_loss_or_duplicates(
             CodesStore(out)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.safetensors")}
     assert len(before) >= kills[-1]
-    (out / "shard-00099.partial").write_bytes(b"half")
+    (out / f".shard-00099.safetensors.{os.getpid()}.00aa.tmp").mkdir()
     summary = encode_data(str(data), out, checkpoint, shard_frames=40)
     assert (summary.files, summary.encoded) == (12, 12 - len(before))
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}.items()
-    assert not list(out.glob("*.partial"))
+    assert not list(out.glob(".*.tmp"))
     assert len(keys(out)) == len(set(keys(out))) == 12
     whole = encode_data(str(data), tmp_path / "whole", checkpoint)
     assert whole.encoded == 12

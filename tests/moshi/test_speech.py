@@ -100,7 +100,7 @@ def test_what_is_there_is_left_and_more_conversations_are_added(tmp_path: Path) 
     assert first.stat().st_mtime_ns == written
     assert seen == [(1, 2), (2, 2)]
     assert len(manifest.read_text().splitlines()) == 2
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob(".*.tmp"))
     with pytest.raises(DataError, match="made with another return_after, seed; choose another folder"):
         synthesise(SpeechConfig(**{**short, "seed": 9, "return_after": 1.0}), tmp_path)
 

@@ -264,7 +264,7 @@ def test_after_any_number_of_kills_resuming_gives_what_an_undisturbed_call_gives
         store = SoftTokenStore.open(path)
         assert contents(store) == expected
         assert sum(len(file.documents) for file in store.files) == 24, "a document is there twice"
-        assert not list(path.glob(".saving-*"))
+        assert not list(path.glob(".*.tmp"))
     assert len(found) > 3, "the kills did not come in the middle"
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import wave
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ from inlay.data.audio import MAIN_SPEAKER, SAMPLE_RATE
 from inlay.data.problems import DataError
 from inlay.data.speech_dialogue import STYLES, Fact, Style, Turn
 from inlay.data.speech_voice import Voices
+from inlay.files import replacing_together, write_whole
 
 MANIFEST_NAME = "data.jsonl"
 SETTINGS_NAME = "speech.json"
@@ -105,9 +105,7 @@ def synthesise(config: SpeechConfig, out: str | Path, *, progress: Progress | No
         lines.append(json.dumps({"path": f"audio/{path.name}", "duration": duration}))
         if progress is not None:
             progress(index + 1, config.conversations)
-    manifest = folder / MANIFEST_NAME
-    _write_text(manifest, "\n".join(lines) + "\n")
-    return manifest
+    return write_whole(folder / MANIFEST_NAME, "\n".join(lines) + "\n")
 
 
 @dataclass
@@ -169,21 +167,21 @@ class _Conversation:
         self.dialogue.note_said(fact, end)
 
     def write(self, path: Path) -> None:
-        """Write the transcript, then the audio, each whole or not at all."""
+        """Write the transcript and the audio, each whole or not at all."""
         samples = np.zeros((self.frames * round(FRAME * SAMPLE_RATE), 2), "<i2")
         for channel, speaker in enumerate((self.main, self.user)):
             for first, sound in speaker.sounds:
                 samples[first : first + len(sound), channel] = np.round(sound * 32767)
         self.alignments.sort(key=lambda word: (word[1], word[2]))
         content = {"alignments": self.alignments, "returns": self.returns}
-        _write_text(path.with_suffix(".json"), json.dumps(content, ensure_ascii=False) + "\n")
-        partial = path.with_name(f".{path.name}.partial")
-        with wave.open(str(partial), "wb") as file:
-            file.setnchannels(2)
-            file.setsampwidth(2)
-            file.setframerate(SAMPLE_RATE)
-            file.writeframes(samples.tobytes())
-        partial.replace(path)
+        with replacing_together(path) as new:
+            transcript = new / path.with_suffix(".json").name
+            transcript.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+            with wave.open(str(new / path.name), "wb") as file:
+                file.setnchannels(2)
+                file.setsampwidth(2)
+                file.setframerate(SAMPLE_RATE)
+                file.writeframes(samples.tobytes())
 
 
 def _on_frame(seconds: float) -> float:
@@ -206,10 +204,4 @@ def _require_settings(path: Path, config: SpeechConfig) -> None:
             raise DataError(
                 f"{path.parent} holds conversations made with another {', '.join(other)}; choose another folder"
             )
-    _write_text(path, json.dumps(wanted, indent=1) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(wanted, indent=1) + "\n")

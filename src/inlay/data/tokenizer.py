@@ -23,7 +23,7 @@ from rich.progress import Progress
 from inlay.data.config import BpeTokenizer, ByteTokenizer, PretrainedTokenizer, TokenizerConfig
 from inlay.data.problems import DataError
 from inlay.data.sources import Document
-from inlay.data.whole import save_whole
+from inlay.files import write_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -58,7 +58,7 @@ def load_tokenizer(
         raise DataError("no training document to learn a tokenizer from")
     folder = Path(cache_dir or default_cache_dir()) / "tokenizers" / _fingerprint(config, texts)
     if not folder.is_dir():
-        save_whole(folder, _train_bpe(config, texts).save_pretrained)
+        write_folder(folder, _train_bpe(config, texts).save_pretrained)
     return load_pretrained_tokenizer(folder)
 
 

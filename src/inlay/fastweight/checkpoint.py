@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from inlay.fastweight.config import FastWeightConfig
 from inlay.fastweight.errors import CheckpointError
 from inlay.fastweight.families import Decoder
 from inlay.fastweight.layer import FastWeightLinear
+from inlay.files import replacing_together
 
 TENSORS = "memory.safetensors"
 HEADER = "memory.json"
@@ -66,7 +65,7 @@ def write(
     layers: Mapping[int, FastWeightLinear],
     base: Mapping[str, Tensor],
 ) -> None:
-    """Write a memory to ``directory``: both files to temporary ones first, which are then renamed.
+    """Write a memory to ``directory``, which is made if it is not there.
 
     The header holds a checksum of the tensors, so that two halves of different saves are never taken for one.
     """
@@ -82,13 +81,10 @@ def write(
         "config": config.model_dump(mode="json"),
         "tensors": {name: [*t.shape] for name, t in tensors.items()},
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    with _temporary(directory / TENSORS) as new_tensors, _temporary(directory / HEADER) as new_header:
-        save_file(tensors, new_tensors, metadata={"format": "pt"})
-        header["sha256"] = _digest(new_tensors)
-        new_header.write_text(json.dumps(header, indent=2) + "\n")
-        new_tensors.replace(directory / TENSORS)
-        new_header.replace(directory / HEADER)
+    with replacing_together(directory / HEADER) as new:
+        save_file(tensors, new / TENSORS, metadata={"format": "pt"})
+        header["sha256"] = _digest(new / TENSORS)
+        (new / HEADER).write_text(json.dumps(header, indent=2) + "\n")
 
 
 def read(directory: Path) -> SavedMemory:
@@ -173,17 +169,6 @@ def load_tensors(saved: SavedMemory, layers: Mapping[int, FastWeightLinear], bas
     with torch.no_grad():
         for name, tensor in saved.tensors.items():
             available[name].copy_(tensor)
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """An empty file beside ``path``, to be renamed to it; gone afterwards if it was not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _digest(path: Path) -> str:

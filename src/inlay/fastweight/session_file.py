@@ -4,18 +4,14 @@ Its metadata name the format, the version of inlay, the model, the memory's conf
 weights, since a sum that other weights wrote means nothing to these. A checksum goes over the tensors *and* those
 metadata, so no flipped bit anywhere in the file is taken for a state.
 
-Writing is atomic: to a file in a temporary folder beside the target, flushed to the disk, then renamed over it. What a
-killed process leaves behind is such a folder, which the next save of the same path removes.
+Writing is atomic (:mod:`inlay.files`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +26,7 @@ from inlay.fastweight.errors import CheckpointError
 from inlay.fastweight.scan import accumulator_dtype
 from inlay.fastweight.state import FastWeightState
 from inlay.fastweight.streaming import MemoryState
+from inlay.files import replacing
 
 KIND = "inlay-session"
 FORMAT = 1
@@ -72,16 +69,8 @@ def write_tensors(path: Path, kind: str, content: Mapping[str, Any], tensors: Ma
     """
     metadata = {"kind": kind} | {name: json.dumps(value) for name, value in content.items()}
     metadata["sha256"] = _digest(metadata, tensors)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_folder(path) as folder:
-        temporary = folder / path.name
-        save_file(dict(tensors), temporary, metadata=metadata)
-        _flush(temporary)
-        temporary.replace(path)
-    if os.name == "posix":
-        _flush(path.parent)  # so that the new name outlives a power cut
-    for left in _abandoned(path):
-        shutil.rmtree(left, ignore_errors=True)
+    with replacing(path) as new:
+        save_file(dict(tensors), new, metadata=metadata)
 
 
 def read_session(path: Path, identity: Mapping[str, Any], sizes: Mapping[int, tuple[int, int, int]]) -> MemoryState:
@@ -246,44 +235,3 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     digest.update(hash_tensors(tensors).encode())
     return digest.hexdigest()
-
-
-@contextmanager
-def _temporary_folder(path: Path) -> Iterator[Path]:
-    """A folder beside ``path``, gone afterwards. (safetensors makes temporary files of its own, in the same folder.)"""
-    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    folder.mkdir(exist_ok=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _abandoned(path: Path) -> Iterator[Path]:
-    """Temporary folders of processes that were killed while they saved ``path``."""
-    start = f".{path.name}."
-    for file in path.parent.iterdir():
-        process = file.name.removeprefix(start).removesuffix(".tmp")
-        if file.name == f"{start}{process}.tmp" and process.isdigit() and not _is_alive(int(process)):
-            yield file
-
-
-def _is_alive(process: int) -> bool:
-    if os.name != "posix":
-        return True  # there, asking ends the process
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

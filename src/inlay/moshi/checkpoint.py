@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from inlay.fastweight import CheckpointError, Memory, attach_pretrained, find_memory
 from inlay.fastweight import checkpoint as memory_files
+from inlay.files import replacing, write_whole
 from inlay.moshi.lora import LoraConfig, add_lora, lora_layers
 from inlay.moshi.weights import CONFIG_NAME, MoshiCheckpoint
 from inlay.moshi.yarn import YarnConfig, apply_yarn, yarn_of
@@ -62,11 +62,12 @@ def save_finetuned(directory: str | Path, lm: LMModel, config: Mapping[str, Any]
         saved |= {id(p) for p in memory.base_parameters().values()} if not adapters else set()
     if adapters:
         tensors = _adapter_tensors(lm)
-        _write(directory / LORA_NAME, lambda path: save_file(_copies(tensors), path, metadata={"format": "pt"}))
+        with replacing(directory / LORA_NAME) as path:
+            save_file(_copies(tensors), path, metadata={"format": "pt"})
         saved |= {id(p) for p in tensors.values()}
     elif memory is None:
-        state = lm.state_dict()
-        _write(directory / WHOLE_NAME, lambda path: save_file(_copies(state), path, metadata={"format": "pt"}))
+        with replacing(directory / WHOLE_NAME) as path:
+            save_file(_copies(lm.state_dict()), path, metadata={"format": "pt"})
         saved |= {id(p) for p in lm.parameters()}
     unsaved = [name for name, p in lm.named_parameters() if p.requires_grad and id(p) not in saved]
     if unsaved:
@@ -81,12 +82,11 @@ def save_finetuned(directory: str | Path, lm: LMModel, config: Mapping[str, Any]
     if yarn is None:
         (directory / YARN_NAME).unlink(missing_ok=True)
     else:
-        _write(directory / YARN_NAME, lambda path: path.write_text(yarn.model_dump_json(indent=2) + "\n"))
+        write_whole(directory / YARN_NAME, yarn.model_dump_json(indent=2) + "\n")
     raw = {key: value for key, value in config.items() if key not in _LORA_KEYS}
     if adapters:
         raw |= {"lora": True, "lora_rank": adapters[0].rank, "lora_scaling": adapters[0].scaling}
-    text = json.dumps(raw, indent=2) + "\n"
-    _write(directory / CONFIG_NAME, lambda path: path.write_text(text))  # last: with it the directory is whole
+    write_whole(directory / CONFIG_NAME, json.dumps(raw, indent=2) + "\n")  # last: with it the directory is whole
 
 
 def load_finetuned(
@@ -224,12 +224,3 @@ def _read_yarn(directory: Path) -> YarnConfig | None:
         return YarnConfig.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

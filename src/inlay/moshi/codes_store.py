@@ -4,17 +4,15 @@
     OUT/shard-00000.safetensors   {key}.codes [16, T], left channel's 8 codebooks, then right channel's; {key}.text [T]
 
 A shard's own metadata tells what it holds and from which bytes it was made, so the shards alone say what is done. A
-shard is written beside its place, flushed to the disk and renamed, so a process killed at any moment leaves whole
-shards and at most one `.partial` file that nobody reads. The next run takes up what the shards hold, encodes the rest
-and writes the index. A file is known by the hashes of its audio and transcript: moved files are not encoded again, and
-changed ones are.
+shard is whole or not there (:mod:`inlay.files`), also where a process was killed. The next run takes up what the shards
+hold, encodes the rest and writes the index. A file is known by the hashes of its audio and transcript: moved files are
+not encoded again, and changed ones are.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,6 +26,7 @@ from safetensors.numpy import save_file
 
 from inlay.data.audio import AudioFile, Return
 from inlay.data.problems import DataError
+from inlay.files import remove_abandoned, replacing, write_whole
 
 INDEX_NAME = "index.json"
 FORMAT = 1
@@ -235,10 +234,8 @@ class CodesWriter:
         if not self._files:
             return
         header = {"format": FORMAT, "identity": asdict(self.identity), "files": [asdict(file) for file in self._files]}
-        path = self.directory / _shard_name(self._next)
-        partial = path.with_suffix(".partial")
-        save_file(self._waiting, partial, metadata={_HEADER: json.dumps(header)})
-        _publish(partial, path)
+        with replacing(self.directory / _shard_name(self._next)) as path:
+            save_file(self._waiting, path, metadata={_HEADER: json.dumps(header)})
         self._next += 1
         self._written = monotonic()
         self._waiting, self._files = {}, []
@@ -248,13 +245,10 @@ class CodesWriter:
         self.flush()
         entries = [asdict(CodesEntry(stored, str(file.path), file.source, file.weight)) for file, stored in files]
         index = {"format": FORMAT, "identity": asdict(self.identity), "entries": entries}
-        partial = self.directory / "index.partial"
-        partial.write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
-        _publish(partial, self.directory / INDEX_NAME)
+        write_whole(self.directory / INDEX_NAME, json.dumps(index, indent=1, ensure_ascii=False))
 
     def _take_up(self) -> None:
-        for partial in self.directory.glob("*.partial"):
-            partial.unlink()
+        remove_abandoned(self.directory)
         for path in sorted(self.directory.glob("shard-*.safetensors")):
             header = _read_header(path)
             _require_same(self.directory, CodesIdentity(**header["identity"]), self.identity)
@@ -265,17 +259,6 @@ class CodesWriter:
 
 def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
-
-
-def _publish(partial: Path, path: Path) -> None:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _lock(directory: Path) -> Any:

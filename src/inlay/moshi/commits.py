@@ -11,8 +11,8 @@ from typing import Any
 from moshi.models.lm import LMModel
 
 from inlay.fastweight.memory import find_memory
+from inlay.files import write_whole
 from inlay.moshi.streaming import steps_of
-from inlay.report.document import replace_atomically
 from inlay.report.jsonfile import plain
 
 
@@ -144,7 +144,7 @@ class CommitLog:
 def write_commits(commits: Sequence[Commit], path: Path) -> Path:
     """One JSON object a commit and line, whole or not at all."""
     lines = [json.dumps(plain(commit.as_dict()), allow_nan=False) + "\n" for commit in commits]
-    return replace_atomically(path, "".join(lines).encode())
+    return write_whole(path, "".join(lines))
 
 
 def _mean(values: Sequence[float]) -> float:

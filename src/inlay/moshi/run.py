@@ -14,6 +14,7 @@ import numpy as np
 
 from inlay.data.audio_reader import blocks, read_header
 from inlay.fastweight.memory import find_memory
+from inlay.files import replacing
 from inlay.moshi.commits import Commit
 from inlay.moshi.duplex import Duplex, Moshi, Reply, RunError, Samples, Voice
 from inlay.moshi.streaming import stream_of
@@ -185,20 +186,15 @@ def _user_frames(path: Path, rate: int, frame_size: int) -> tuple[Iterator[Sampl
 @contextmanager
 def _wav(path: Path, rate: int, channels: int) -> Iterator[Callable[[Samples], None]]:
     """Gives what adds ``[channels, samples]`` to a 16-bit WAV, which is at ``path`` once all went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with wave.open(str(temporary), "wb") as file:
-            file.setnchannels(channels)
-            file.setsampwidth(2)
-            file.setframerate(rate)
+    with replacing(path) as new, wave.open(str(new), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(rate)
 
-            def write(samples: Samples) -> None:
-                file.writeframes((np.clip(samples.T, -1, 1) * 32767).round().astype("<i2").tobytes())
+        def write(samples: Samples) -> None:
+            file.writeframes((np.clip(samples.T, -1, 1) * 32767).round().astype("<i2").tobytes())
 
-            yield write
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield write
 
 
 class _Caption:

@@ -28,6 +28,7 @@ from moshi.quantization.vq import ResidualVectorQuantizer, SplitResidualVectorQu
 from safetensors.torch import save_file
 from torch import nn
 
+from inlay.files import replacing_together
 from inlay.moshi.toy_text import toy_text
 from inlay.moshi.weights import CONFIG_NAME
 
@@ -87,7 +88,6 @@ def write_toy_checkpoint(
     """
     sizes = sizes or ToySizes()
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _train_tokenizer(sizes.text_pieces)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer).get_piece_size()
     lm_config, mimi_config = _lm_config(sizes, text_card=pieces), _mimi_config(sizes)
@@ -105,12 +105,12 @@ def write_toy_checkpoint(
         "moshi_name": loaders.MOSHI_NAME,
         "model_type": "moshi",
     }
-    _save(lm.to(dtype).state_dict(), folder / loaders.MOSHI_NAME)
-    _save(mimi.state_dict(), folder / MIMI_WEIGHTS_NAME)
-    _write(folder / TOKENIZER_NAME, tokenizer)
-    _write(folder / MIMI_CONFIG_NAME, json.dumps(mimi_config, indent=2).encode())
-    # Last, so that a folder with a config.json is whole.
-    _write(folder / CONFIG_NAME, json.dumps(lm_config | names, indent=2).encode())
+    with replacing_together(folder / CONFIG_NAME) as new:
+        _save(lm.to(dtype).state_dict(), new / loaders.MOSHI_NAME)
+        _save(mimi.state_dict(), new / MIMI_WEIGHTS_NAME)
+        (new / TOKENIZER_NAME).write_bytes(tokenizer)
+        (new / MIMI_CONFIG_NAME).write_text(json.dumps(mimi_config, indent=2))
+        (new / CONFIG_NAME).write_text(json.dumps(lm_config | names, indent=2))
     return folder
 
 
@@ -213,12 +213,4 @@ def _train_tokenizer(pieces: int) -> bytes:
 
 
 def _save(state: dict[str, torch.Tensor], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
-    temporary.replace(path)
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)

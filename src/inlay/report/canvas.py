@@ -27,7 +27,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as MplFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from inlay.report.document import Figure, ReportError, replace_atomically
+from inlay.files import write_whole
+from inlay.report.document import Figure, ReportError
 
 FONT_STACK = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 TEXT_SIZE = 9.0
@@ -183,7 +184,8 @@ def save_png(plot: Plot, path: str | Path, *, dark: bool = False, narrow: bool =
         The path written.
 
     Raises:
-        ReportError: `path` does not end in `.png` or is a folder.
+        ReportError: `path` does not end in `.png`.
+        OSError: It cannot be written, or is a folder.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
@@ -194,7 +196,7 @@ def save_png(plot: Plot, path: str | Path, *, dark: bool = False, narrow: bool =
     with plot._painted(dark, narrow, font) as figure:
         page = (DARK if dark else LIGHT).page
         figure.savefig(buffer, format="png", dpi=192, facecolor=page, bbox_inches=figure.bbox_inches.padded(0.2))
-    return replace_atomically(path, buffer.getvalue())
+    return write_whole(path, buffer.getvalue())
 
 
 def _settings(theme: Theme, font: str) -> dict[str, Any]:

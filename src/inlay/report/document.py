@@ -7,7 +7,6 @@ no font file. It follows the reader's light or dark setting and the width of the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -19,6 +18,7 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import jinja2
 from markupsafe import Markup
 
+from inlay.files import write_whole
 from inlay.report.markup import blocks, inline, whole_words
 from inlay.report.numbers import Cell, alignments, display_rows
 from inlay.report.svg import inline_svg
@@ -250,23 +250,10 @@ def write_report(report: Report, path: str | Path) -> Path:
         The path written.
 
     Raises:
-        ReportError: The report cannot be rendered, or `path` is a folder.
+        ReportError: The report cannot be rendered.
+        OSError: `path` cannot be written, or is a folder.
     """
-    return replace_atomically(Path(path), render_report(report).encode("utf-8"))
-
-
-def replace_atomically(path: Path, content: bytes) -> Path:
-    """Write `content` beside `path`, then move it into place, so that no reader ever sees half a file."""
-    if path.is_dir():
-        raise ReportError(f"{path} is a folder: give the name of a file in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_whole(path, render_report(report))
 
 
 def _one_of(value: str, allowed: object, name: str) -> None:

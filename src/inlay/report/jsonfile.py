@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from inlay.report.document import replace_atomically
+from inlay.files import write_whole
 
 
 def plain(value: Any) -> Any:
@@ -25,4 +25,4 @@ def plain(value: Any) -> Any:
 def write_json(value: Mapping[str, Any], path: str | Path) -> Path:
     """Write ``value`` to ``path``, whole or not at all; its folder is made if missing."""
     text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False)
-    return replace_atomically(Path(path), (text + "\n").encode())
+    return write_whole(path, text + "\n")

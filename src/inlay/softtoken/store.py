@@ -18,7 +18,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,11 +26,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
+from inlay.files import remove_abandoned
 from inlay.softtoken.compressors import Compressor
 from inlay.softtoken.layout import PromptLayout
 from inlay.softtoken.prompting import BoundLayout
 from inlay.softtoken.store_file import (
-    TEMPORARY,
     Slots,
     StoredDocument,
     StoreError,
@@ -235,8 +234,7 @@ class StoreWriter:
             )
         with ExitStack() as stack:  # lets go of the lock if what is there is refused
             stack.enter_context(_locked(self.path))
-            for left in self.path.glob(f"{TEMPORARY}*"):  # of a writer that was killed: we have the lock
-                shutil.rmtree(left, ignore_errors=True)
+            remove_abandoned(self.path)
             if _shards(self.path):
                 store = SoftTokenStore.open(self.path)
                 store.check_header(self.header)

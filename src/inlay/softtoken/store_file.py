@@ -9,20 +9,18 @@ the table of tensors, and is compared when the file is opened; one goes over eac
 when they are read. A flipped bit anywhere is then noticed before a slot is handed out, and no call reads the whole file
 to find out about one document.
 
-A file is written into a folder beside its place, flushed to the disk and renamed: under its own name it is whole.
+Under its own name a file is whole (:mod:`inlay.files`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from inlay import __version__
+from inlay.files import replacing
 from inlay.softtoken.compressors import Compressor, describe_model
 from inlay.softtoken.errors import SoftTokenError
 from inlay.softtoken.layout import PromptLayout
@@ -39,8 +38,6 @@ from inlay.softtoken.tokens import SoftTokens
 
 KIND = "inlay-soft-tokens"
 FORMAT = 1
-TEMPORARY = ".saving-"
-"""How the folder begins in which a file is written before it is renamed."""
 
 Slots = dict[str, Tensor]
 """One document's slots by the name of the file's tensor, each `[m, …]`."""
@@ -169,14 +166,9 @@ def write_file(path: Path, header: StoreHeader, documents: Sequence[StoredDocume
     }
     metadata = {"kind": KIND} | {name: json.dumps(value) for name, value in content.items()}
     metadata["sha256"] = _metadata_digest(metadata)
-    with TemporaryDirectory(dir=path.parent, prefix=TEMPORARY) as folder:
-        temporary = Path(folder) / path.name
-        save_file(tensors, temporary, metadata=metadata)
-        read_file(temporary)  # safetensors writes headers that it does not read again: those beyond 100 MB
-        _flush(temporary)
-        temporary.replace(path)
-    if os.name == "posix":
-        _flush(path.parent)  # so that the new name outlives a power cut
+    with replacing(path) as new:
+        save_file(tensors, new, metadata=metadata)
+        read_file(new)  # safetensors writes headers that it does not read again: those beyond 100 MB
 
 
 def read_file(path: Path) -> StoreFile:
@@ -300,12 +292,3 @@ def _digest(slots: Slots) -> str:
 def _metadata_digest(metadata: Mapping[str, str]) -> str:
     content = {name: text for name, text in metadata.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -38,9 +38,9 @@ from transformers.utils import CONFIG_NAME
 from inlay.data import FactsConfig, QAExample, facts_tokenizer
 from inlay.data.facts import facts_context
 from inlay.data.tokenizer import default_cache_dir, load_pretrained_tokenizer
-from inlay.data.whole import save_whole
 from inlay.evaluate.squad import exact_match
 from inlay.fastweight.causal_lm import with_cache
+from inlay.files import write_folder
 from inlay.softtoken.batches import NO_LABEL, padded
 from inlay.softtoken.objectives import predictions
 from inlay.softtoken.prompting import BoundLayout
@@ -115,7 +115,7 @@ def build_base_lm(
             tokenizer.save_pretrained(place)
             (place / OUTCOME).write_text(json.dumps(asdict(outcome), indent=2) + "\n")
 
-        save_whole(folder, save, _is_whole)
+        write_folder(folder, save, _is_whole)
     processes.wait_for_everyone()
     outcome = read_outcome(folder)
     if not outcome.reached:

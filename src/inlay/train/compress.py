@@ -31,8 +31,8 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from inlay.data import FactsDataset, QAData, load_qa
 from inlay.data.tokenizer import load_pretrained_tokenizer
-from inlay.data.whole import save_whole
 from inlay.fastweight import InlayError
+from inlay.files import write_folder
 from inlay.softtoken.compressors import Compressor, build_compressor, load_compressor
 from inlay.softtoken.objectives import Objective
 from inlay.softtoken.prompting import BoundLayout
@@ -154,9 +154,9 @@ def train_compressor(
     begin_run(directory, recipe)
     if processes.is_main_process:
         if not (directory / TOKENIZER).is_dir():
-            save_whole(directory / TOKENIZER, tokenizer.save_pretrained)
+            write_folder(directory / TOKENIZER, tokenizer.save_pretrained)
         if recipe.decoder.config is not None and not (directory / MODEL).is_dir():
-            save_whole(directory / MODEL, lambda path: model.save_pretrained(path, state_dict=weights))
+            write_folder(directory / MODEL, lambda path: model.save_pretrained(path, state_dict=weights))
     processes.wait_for_everyone()
 
     metrics: dict[str, float] = {}

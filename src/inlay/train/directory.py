@@ -19,6 +19,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from inlay.fastweight import InlayError
+from inlay.files import replacing, write_whole
 from inlay.train.trainer import MetricsFile, ProgressBar, best_checkpoint
 from inlay.train.yaml_recipe import RecipeError, Section, dump_recipe, read_recipe
 
@@ -101,7 +102,7 @@ def begin_run(directory: Path, recipe: Section) -> None:
     processes.wait_for_everyone()  # the others must not take this run for one that was there before
     if processes.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / RECIPE).write_text(dump_recipe(recipe))
+        write_whole(directory / RECIPE, dump_recipe(recipe))
         (directory / DONE).unlink(missing_ok=True)
     processes.wait_for_everyone()
 
@@ -227,9 +228,8 @@ def _find_best_again(state: TrainerState, arguments: TrainingArguments, checkpoi
     best = best_checkpoint(state, arguments)
     if best.is_dir():
         state.best_model_checkpoint = str(best)
-        new = checkpoint / f"{_STATE}.new"
-        state.save_to_json(str(new))
-        new.replace(checkpoint / _STATE)
+        with replacing(checkpoint / _STATE) as new:
+            state.save_to_json(str(new))
 
 
 def _is_over(state: TrainerState, arguments: TrainingArguments) -> bool:

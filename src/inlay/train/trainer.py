@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from inlay.data.packing import NO_LABEL
 from inlay.fastweight import Memory
+from inlay.files import write_whole
 from inlay.train.monitor import PREFIX, MemoryMonitor
 from inlay.train.resuming import ResumableTrainer
 from inlay.train.weights import load_weights, save_weights
@@ -170,9 +171,7 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_log(
         self,

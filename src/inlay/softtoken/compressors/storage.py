@@ -5,17 +5,15 @@ DIR/
   compressor.safetensors   the compressor's own parameters (projector, memory tokens, queries, gain)
   adapter/                 the LoRA adapter as PEFT saves it, for kinds that have one
 
-Every file is written beside its place and renamed, the header last: what does not belong to one save is noticed by its
-checksum. A compressor writes for one decoder's weights; another model is refused, of the same shape too.
+The files are put into place together, the header last (:mod:`inlay.files`): what does not belong to one save is noticed
+by its checksum. A compressor writes for one decoder's weights; another model is refused, of the same shape too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inlay import __version__
+from inlay.files import replacing_together
 from inlay.softtoken.compressors.adapter import adapter_parameters
 from inlay.softtoken.compressors.config import CONFIG, BaseCompressorConfig
 from inlay.softtoken.compressors.errors import CompressorError
@@ -52,9 +51,7 @@ def save(compressor: Compressor[Any], directory: Path) -> None:
     broken = [name for name, tensor in (own | adapter).items() if not torch.isfinite(tensor).all()]
     if broken:
         raise CompressorError(f"the compressor is not saved: {broken[0]!r} holds NaN or infinity")
-    directory.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=directory, prefix=".saving-") as name:
-        new = Path(name)
+    with replacing_together(directory / HEADER) as new:
         save_file(_plain(own), new / TENSORS, metadata={"format": "pt"})
         if compressor.adapter is not None:
             (new / ADAPTER).mkdir()
@@ -69,9 +66,6 @@ def save(compressor: Compressor[Any], directory: Path) -> None:
             "sha256": {file: _digest(new / file) for file in files},
         }
         (new / HEADER).write_text(json.dumps(header, indent=2) + "\n")
-        for file in [*files, HEADER]:
-            (directory / file).parent.mkdir(exist_ok=True)
-            os.replace(new / file, directory / file)
 
 
 def read(directory: Path) -> tuple[BaseCompressorConfig, dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:

@@ -88,9 +88,9 @@ def test_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_moshi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With adapters and memory, several documents in a sequence."""
     checkpoint = make_toy(tmp_path / "toy")
-    store = make_store(tmp_path / "codes", checkpoint)
+    store = make_store(tmp_path / "codes", checkpoint, files=2)
     lora = {"mode": "memory+lora", "lora": {"enable": True, "rank": 2}, "gradient_checkpointing": True}
-    often = {"do_eval": True, "eval_freq": 2, "log_freq": 1}
+    often = {"do_eval": True, "eval_freq": 1, "log_freq": 1, "max_steps": 2}
 
     def run(directory: Path, use_cpu: bool) -> None:
         trainer = {"use_cpu": use_cpu, "disable_tqdm": True, "optim": "adamw_torch"}

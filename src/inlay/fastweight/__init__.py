@@ -12,6 +12,7 @@ from inlay.fastweight.errors import (
 from inlay.fastweight.layer import FastWeightLinear
 from inlay.fastweight.memory import Memory, TrainMode, attach, attach_pretrained, find_memory
 from inlay.fastweight.operation import fast_weight_linear
+from inlay.fastweight.parallel import fast_weight_linear_parallel
 from inlay.fastweight.reference import fast_weight_linear_reference
 from inlay.fastweight.session import Session
 from inlay.fastweight.state import NO_DOCUMENT, FastWeightState
@@ -38,6 +39,7 @@ __all__ = [
     "attach_pretrained",
     "clip_targets",
     "fast_weight_linear",
+    "fast_weight_linear_parallel",
     "fast_weight_linear_reference",
     "find_memory",
     "update_norms",

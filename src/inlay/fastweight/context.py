@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from inlay.fastweight.chunks import ChunkLayout, chunk_layout
+from inlay.fastweight.parallel import part_layout
 from inlay.fastweight.state import FastWeightState
 from inlay.fastweight.stepping import StepState
 from inlay.fastweight.streaming import MemoryState
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass
@@ -37,6 +41,7 @@ class ForwardContext:
         appends: Whether every row only adds tokens to its open chunk (decoding), so that the state is written in place.
         commits: Whether some row's open chunk is full and has to be written first.
         steps: The fixed buffers that it goes on from instead, in a model that streams.
+        parallel: The ranks that the rows' tokens are spread over; None if they are all here.
     """
 
     documents: Tensor | None = None
@@ -50,6 +55,7 @@ class ForwardContext:
     appends: bool = False
     commits: bool = False
     steps: StepState | None = None
+    parallel: ProcessGroup | None = None
     unwrap: list[Callable[[], None]] = field(default_factory=list)
     _layouts: dict[tuple[int, int, int, torch.device], ChunkLayout] = field(default_factory=dict)
 
@@ -58,9 +64,14 @@ class ForwardContext:
         key = (z.shape[0], z.shape[1], chunk_size, z.device)
         if key not in self._layouts:
             documents = None if self.documents is None else self.documents.to(z.device)
-            self._layouts[key] = chunk_layout(
-                *key[:3], documents=documents, state=state, device=z.device, keep_last_open=self.state is not None
-            )
+            if self.parallel is not None:
+                made = part_layout(*key[:3], documents=documents, group=self.parallel, device=z.device)
+            else:
+                still_open = self.state is not None
+                made = chunk_layout(
+                    *key[:3], documents=documents, state=state, device=z.device, keep_last_open=still_open
+                )
+            self._layouts[key] = made
         return self._layouts[key]
 
     def replace_layout(self, layout: ChunkLayout, z: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from inlay.fastweight.layer import FastWeightLinear, capture_mlp_input
 from inlay.fastweight.stepping import StepSource
 from inlay.fastweight.streaming import MemoryState, StateError, ride, state_of
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class ForwardHooks:
     """Registers the hooks and keeps the context. ``remove`` takes them off again.
@@ -33,6 +36,7 @@ class ForwardHooks:
     Attributes:
         session: The state that the forwards go on from in place of the cache's, while a session is open.
         step_source: Gives the fixed buffers that the forwards go on from while the model streams, if it can.
+        parallel: The ranks that the tokens of the forwards are spread over, if they are.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class ForwardHooks:
     ) -> None:
         self.session: MemoryState | None = None
         self.step_source: StepSource | None = None
+        self.parallel: ProcessGroup | None = None
         self._decoder = decoder
         self._sites = sites
         self._blocks = [decoder.blocks[0], *(site.block for site in sites)]
@@ -188,7 +193,13 @@ class ForwardHooks:
                     f"streaming({batch})"
                 )
             return
+        context.parallel = self.parallel
         context.state = self._find_state(given)
+        if context.parallel is not None and context.state is not None:
+            raise StateError(
+                "context parallelism reads whole sequences at once, without a state: pass use_cache=False, outside "
+                "sessions"
+            )
         begun = None if context.state is None else context.state.chunk_size
         if begun not in (None, self._config.chunk_size):
             raise StateError(
@@ -210,20 +221,30 @@ class ForwardHooks:
             position_ids=given.get("position_ids"),
             carry=self._config.boundary == "carry",
             device=tokens.device,
-            before=None if context.state is None else context.state.document,
+            before=context.state.document if context.state is not None else self._begun(batch, tokens.device),
         )
+        if context.parallel is not None and context.explicit is None and _is_packed(context.documents):
+            raise ValueError(
+                "position_ids say that a row holds several documents, but not which of them go on from rank to rank: "
+                "pass document_ids too"
+            )
         if context.state is not None:
             if context.state.layers:
                 self._plan_state(context, context.state)
             context.state.interrupted = True
         training = self._decoder.module.training and torch.is_grad_enabled()
-        if training and not self._warned and context.state is None and length <= self._config.chunk_size:
+        alone = context.state is None and context.parallel is None
+        if training and not self._warned and alone and length <= self._config.chunk_size:
             self._warned = True
             warnings.warn(
                 f"training on sequences of {length} tokens with chunk_size={self._config.chunk_size}: what the "
                 "memory writes is never read in them, so it gets no gradient. Use longer sequences or smaller chunks",
                 stacklevel=2,
             )
+
+    def _begun(self, batch: int, device: torch.device) -> Tensor | None:
+        """The document that each row may go on with where the tokens before are on another rank; None on one alone."""
+        return None if self.parallel is None else torch.zeros(batch, dtype=torch.long, device=device)
 
     def _find_state(self, given: Mapping[str, Any]) -> MemoryState | None:
         """The state of this forward: the open session's, the cache's, a new one where a cache begins, or none.
@@ -307,6 +328,10 @@ def _counts(context: ForwardContext, rows: int) -> Tensor:
     if some:
         chunks = chunks + torch.stack(some).sum(0).cpu()
     return torch.stack([tokens, chunks], 1)
+
+
+def _is_packed(documents: Tensor | None) -> bool:
+    return documents is not None and bool((documents > 0).any())
 
 
 def _is_padding_mask(mask: object) -> bool:

@@ -15,6 +15,7 @@ from inlay.fastweight.config import FastWeightConfig
 from inlay.fastweight.context import ContextHolder, ForwardContext, first_tensor
 from inlay.fastweight.deferred import break_even, products_after
 from inlay.fastweight.families import projection_shape
+from inlay.fastweight.parallel import sum_before
 from inlay.fastweight.scan import ScanPlan, add_product, operand, scan
 from inlay.fastweight.state import FastWeightState
 from inlay.fastweight.streaming import StateError
@@ -186,6 +187,8 @@ class FastWeightLinear(nn.Linear):
         exposure = self.config.exposure if self.training else 0.0
         plan = ScanPlan(layout, self.config.eta, exposure, final_sum=context.state is not None, rounded=True)
         initial = None if state is None else state.total()
+        if context.parallel is not None:
+            initial = sum_before(z_packed, v, layout, context.parallel)
         if layout.aligned and _is_plain_linear(base):
             out, total = scan(z_packed, v, initial, plan, weight=base.weight, bias=base.bias)
         else:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from inlay.fastweight import checkpoint
@@ -185,6 +186,32 @@ class Memory:
         self._hooks.configure(config)
         for layer in self.layers.values():
             layer.configure(config)
+
+    @contextmanager
+    def context_parallel(self, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+        """Read sequences whose tokens are spread over ranks, each of which has a part of every row, in order.
+
+        Within the block every rank calls the model on its part, forward and backward, and the memory goes on from rank
+        to rank (:mod:`inlay.fastweight.parallel`). Attention is the model's own affair: it has to see the other ranks'
+        tokens by itself (ring attention) and be told where its own stand (``position_ids``). Packed documents need
+        ``document_ids`` that are the same on all ranks. Each rank's gradients are those of its tokens: add them up.
+
+        Args:
+            group: Of processes; None for all.
+
+        Raises:
+            RuntimeError: There is no process group.
+            StateError: A stream of Kyutai's is open.
+        """
+        self._refuse_in_stream("context_parallel")
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError("context_parallel needs processes: start them with torchrun, and init_process_group")
+        before = self._hooks.parallel
+        try:
+            self._hooks.parallel = dist.group.WORLD if group is None else group
+            yield
+        finally:
+            self._hooks.parallel = before
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -50,8 +50,10 @@ def encode(
     weights: Annotated[
         str, typer.Option(help="Moshi's weights: a hub repository, or a folder with its files.")
     ] = cli_moshi_run.MOSHI,
-    workers: Annotated[int, typer.Option(help="Processes that encode.", min=1)] = 1,
-    device: Annotated[str, typer.Option(help="Where Mimi runs.")] = "cpu",
+    workers: Annotated[int, typer.Option(help="Processes that encode; they share a GPU.", min=1)] = 1,
+    device: Annotated[
+        str | None, typer.Option(help="Where Mimi runs; a GPU if there is one.", show_default=False)
+    ] = None,
     on_error: Annotated[
         Literal["raise", "skip"],
         typer.Option(help="raise: encode nothing until DATA is sound. skip: leave problems out."),
@@ -64,8 +66,9 @@ def encode(
 
     A call that was stopped, by whatever, goes on when it is given again.
     """
+    from inlay.devices import chosen_device
     from inlay.moshi.encode import encode_data
-    from inlay.moshi.weights import chosen_device, load_checkpoint
+    from inlay.moshi.weights import load_checkpoint
 
     checkpoint = load_checkpoint(weights, device=chosen_device(device))
     with _progress("seconds of audio") as progress:

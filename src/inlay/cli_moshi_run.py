@@ -78,11 +78,11 @@ def hear(
     The transcript is printed as Moshi speaks. A session file keeps the whole
     conversation in a constant size, and the next call goes on bit for bit.
     """
+    from inlay.devices import chosen_device
     from inlay.fastweight import find_memory
     from inlay.moshi.duplex import RunError, Voice, load_moshi
     from inlay.moshi.run import require_place, run_file
     from inlay.moshi.run_report import write_run
-    from inlay.moshi.weights import chosen_device
     from inlay.report.numbers import short
 
     if run is not None and (checkpoint is not None or finetuned is not None):
@@ -92,14 +92,14 @@ def hear(
             require_place(path, what, source)
     if target.suffix.lower() != ".wav":
         raise RunError(f"the answer is written as WAV; call it {target.with_suffix('.wav')}")
-    device = chosen_device(device)
+    where = chosen_device(device)
     with errors.status("loading Moshi"):
         if run is not None:
             from inlay.train.moshi import load_moshi_run
 
-            moshi = load_moshi_run(run, device=device).moshi
+            moshi = load_moshi_run(run, device=where).moshi
         else:
-            moshi = load_moshi(checkpoint or MOSHI, finetuned=finetuned, device=device)
+            moshi = load_moshi(checkpoint or MOSHI, finetuned=finetuned, device=where)
     attached = find_memory(moshi.lm)
     if attached is not None and not memory:
         attached.detach()

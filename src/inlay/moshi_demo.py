@@ -34,7 +34,6 @@ from inlay.moshi.encode import encode_data
 from inlay.moshi.model import MoshiForTraining
 from inlay.moshi.run import Run, run_file
 from inlay.moshi.run_report import run_cards, run_sections, write_run
-from inlay.moshi.sequences import load_sequences
 from inlay.moshi.toy import ToySizes, write_toy_checkpoint
 from inlay.moshi.weights import CONFIG_NAME, load_checkpoint
 from inlay.report import Code, Headline, Report, Section, training_curves, write_report
@@ -158,7 +157,7 @@ def measure(paths: DemoPaths, console: Console) -> MoshiEvaluation:
     evaluation: MoshiEvaluation | None = None
     for variant in (WITH, NO_MEMORY):
         run = load_moshi_run(paths.run(variant), device="cpu")
-        data = load_sequences(run.recipe.data)
+        data = run.recipe.load_data()
         task = MoshiForTraining(run.lm, run.recipe.loss)
         with progress_bar(console, f"evaluating: {variant}") as shown:
             settings = run.recipe.evaluate.model_dump() | {"returned_after": REACH}

@@ -27,7 +27,6 @@ from inlay.doctor.plan_report import RecipePlan
 from inlay.doctor.recipes import MEASURED
 from inlay.evaluate.scoring import logits_of, token_bits
 from inlay.moshi.model import MoshiForTraining
-from inlay.moshi.sequences import load_sequences
 from inlay.moshi.toy import write_toy_checkpoint
 from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
 from inlay.train.yaml_recipe import RecipeError, dump_recipe
@@ -144,7 +143,7 @@ def test_a_fault_of_the_recipe_is_named(code: str, toy: MoshiCheckpoint, codes: 
 
 
 def lint_of(recipe: Any, toy: MoshiCheckpoint) -> dict[str, str]:
-    findings = lint_moshi(MoshiCase(recipe, toy, load_sequences(recipe.data))).findings()
+    findings = lint_moshi(MoshiCase(recipe, toy, recipe.load_data())).findings()
     return {finding.code: f"{finding.says}; {finding.fix}" for finding in findings}
 
 

@@ -8,13 +8,16 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 from inlay.cli import app, main
 from inlay.data.audio_check import check_audio
+from inlay.moshi import weights
 from inlay.moshi.codes_store import CodesStore
 from inlay.moshi.toy import ToySizes, write_toy_checkpoint
+from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
 from tests.moshi.conversations import noise, write_conversation, write_manifest
 
 SIZES = ToySizes(dim=16, num_layers=1, num_heads=2, context=8, card=32, depformer_dim=16, depformer_layers=1)
@@ -60,26 +63,54 @@ def shown(data: Path) -> str:
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 def test_synthesise_check_encode_one_after_the_other(tmp_path: Path) -> None:
-    weights = write_toy_checkpoint(tmp_path / "toy", sizes=SIZES)
+    toy = write_toy_checkpoint(tmp_path / "toy", sizes=SIZES)
     options = ["--conversations", 2, "--duration", 8, "--return-after", 3]
     code, output = call("synthesise", tmp_path / "speech", *options)
     assert code == 0
     assert "data.jsonl" in output
     assert call("check", tmp_path / "speech")[0] == 0
     for encoded_now in (2, 0):
-        code, output = call("encode", tmp_path / "speech", tmp_path / "codes", "--weights", weights)
+        code, output = call("encode", tmp_path / "speech", tmp_path / "codes", "--weights", toy)
         assert code == 0
         assert f"2 conversations, {sum(e.frames for e in CodesStore(tmp_path / 'codes').entries):,} frames" in output
         assert f"{encoded_now} encoded now, 0 skipped" in output
 
 
+@pytest.mark.parametrize(
+    ("there", "options", "expected"),
+    [
+        (False, [], "cpu"),
+        (True, [], "cuda"),
+        (True, ["--device", "cpu"], "cpu"),
+        (True, ["--device", "cuda:0"], "cuda:0"),
+    ],
+)
+def test_encode_runs_mimi_on_the_gpu_if_there_is_one(
+    there: bool, options: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = write_toy_checkpoint(tmp_path / "toy", sizes=SIZES)
+    data = write_manifest(tmp_path, [write_conversation(tmp_path, "one")])
+    devices: list[str] = []
+
+    def on_the_cpu(source: str, *, device: torch.device) -> MoshiCheckpoint:
+        devices.append(str(device))
+        return load_checkpoint(source)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(weights, "load_checkpoint", on_the_cpu)
+    assert call("encode", data, tmp_path / "codes", "--weights", toy, *options)[0] == 0
+    assert devices == [expected]
+
+
 def test_what_was_done_wrong_is_told_without_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for command, message in (
         (["check", tmp_path / "gone"], "gone: no such file or folder"),
         (["check", f"{tmp_path}/a.jsonl:x"], "a.jsonl:x: no such file or folder, and 'x' is no weight"),
         (["encode", tmp_path, tmp_path / "out", "--weights", tmp_path], "model.safetensors is missing"),
+        (["encode", tmp_path, tmp_path / "out", "--device", "cuda"], "device cuda: no CUDA is available here"),
         (["synthesise", tmp_path / "out", "--duration", 5], "no phrase could return"),
     ):
         monkeypatch.setattr("sys.argv", ["inlay", "moshi", *map(str, command)])

@@ -9,6 +9,8 @@ import shutil
 import signal
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from safetensors import safe_open
 from inlay.data.audio import Word
 from inlay.data.audio_reader import blocks
 from inlay.data.problems import DataError
+from inlay.moshi import encode
 from inlay.moshi.codes import mimi_codes
 from inlay.moshi.codes_store import CodesStore
 from inlay.moshi.encode import EncodeSummary, encode_data
@@ -124,6 +127,26 @@ def test_several_workers_give_the_same_store(checkpoint: MoshiCheckpoint, tmp_pa
     for index in range(4):
         assert one.entries[index].stored.content == two.entries[index].stored.content
         np.testing.assert_array_equal(one.codes(index), two.codes(index))
+
+
+def test_workers_are_no_forks_and_a_device_that_is_full_is_told(
+    checkpoint: MoshiCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts: list[BaseContext] = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers: int, *, mp_context: BaseContext, **_: object) -> None:
+            contexts.append(mp_context)
+            super().__init__(workers)
+
+    def full(_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(encode, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(encode, "_encode_in_worker", full)
+    with pytest.raises(DataError, match=r"the device's memory is full .* with fewer workers"):
+        encode_data(str(make_data(tmp_path / "data", 2)), tmp_path / "out", checkpoint, workers=2)
+    assert [context.get_start_method() for context in contexts] == ["spawn"]
 
 
 def keys(out: Path) -> list[tuple[str, str]]:

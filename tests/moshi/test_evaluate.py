@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,9 +36,10 @@ def store(tmp_path_factory: pytest.TempPathFactory, toy: MoshiCheckpoint) -> Pat
     return make_store(tmp_path_factory.mktemp("codes"), toy, files=3)
 
 
-def sequences(store: Path, **options: object) -> MoshiSequences:
-    settings = {"duration_sec": 9.6, "min_sec": 0.5, "packing": "cut"} | options
-    return load_sequences(SequenceConfig(train_data=str(store), eval_data=str(store), **settings)).eval
+def sequences(store: Path, duration_sec: float = 9.6, **options: Any) -> MoshiSequences:
+    settings = {"min_sec": 0.5, "packing": "cut"} | options
+    config = SequenceConfig(train_data=str(store), eval_data=str(store), **settings)
+    return load_sequences(config, duration_sec=duration_sec).eval
 
 
 def task(toy: MoshiCheckpoint, *, remembers: bool = True) -> MoshiForTraining:

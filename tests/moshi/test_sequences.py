@@ -6,6 +6,7 @@ import hashlib
 import pickle
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from inlay.data.audio import AudioFile, Return
 from inlay.data.problems import DataError
 from inlay.moshi.codes_store import CodesIdentity, CodesWriter, FileStamp
 from inlay.moshi.sequences import (
+    MoshiData,
     MoshiSequences,
     SequenceConfig,
     collate_sequences,
+    frames_of,
     is_held_out,
     load_sequences,
 )
@@ -66,14 +69,10 @@ def write_store(
     return folder
 
 
-def config(folder: Path | str, **options: object) -> SequenceConfig:
-    options = {
-        "duration_sec": 4,
-        "min_sec": 0.8,
-        "eval_data": str(folder).partition(":")[0],
-        "shuffle": False,
-    } | options
-    return SequenceConfig(train_data=str(folder), **options)
+def load(folder: Path | str, duration_sec: float = 4, seed: int = 0, **options: Any) -> MoshiData:
+    held = str(folder).partition(":")[0]
+    settings = {"min_sec": 0.8, "eval_data": held, "shuffle": False} | options
+    return load_sequences(SequenceConfig(train_data=str(folder), **settings), duration_sec=duration_sec, seed=seed)
 
 
 def pieces_of(sequences: MoshiSequences) -> list[list[tuple[str, int, int]]]:
@@ -83,7 +82,7 @@ def pieces_of(sequences: MoshiSequences) -> list[list[tuple[str, int, int]]]:
 
 def test_windows_are_cut_from_each_file_and_short_ends_dropped(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "s", {"a": 120, "b": 50, "c": 9, "d": 59})
-    data = load_sequences(config(folder))
+    data = load(folder)
     assert pieces_of(data.train) == [
         [("a", 0, 50)],
         [("a", 50, 100)],
@@ -103,7 +102,7 @@ def test_windows_are_cut_from_each_file_and_short_ends_dropped(tmp_path: Path) -
 
 def test_files_are_concatenated_until_a_sequence_is_full(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "s", {"s/a": 30, "s/b": 40, "s/c": 5, "s/d": 60})
-    data = load_sequences(config(folder, packing="concatenate"))
+    data = load(folder, packing="concatenate")
     assert pieces_of(data.train) == [
         [("s/a", 0, 30), ("s/b", 0, 20)],
         [("s/b", 20, 40), ("s/d", 0, 30)],
@@ -117,13 +116,13 @@ def test_files_are_concatenated_until_a_sequence_is_full(tmp_path: Path) -> None
 
 def test_files_of_two_sources_share_no_sequence(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "s", {"x/a": 30, "y/b": 30, "x/c": 30})
-    data = load_sequences(config(folder, packing="concatenate"))
+    data = load(folder, packing="concatenate")
     assert pieces_of(data.train) == [[("x/a", 0, 30), ("x/c", 0, 20)], [("x/c", 20, 30)], [("y/b", 0, 30)]]
 
 
 def test_a_batch_is_padded_with_the_models_zero_token(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "s", {"a": 50, "b": 20})
-    data = load_sequences(config(folder))
+    data = load(folder)
     batch = collate_sequences([data.train[0], data.train[1]])
     assert {name: tuple(column.shape) for name, column in batch.items()} == {
         "codes": (2, 17, 50),
@@ -142,22 +141,22 @@ def test_returning_phrases_are_marked_with_how_far_back_they_were_said(tmp_path:
     # Frames 25 to 29 (2.00–2.35 s), said before from frame 3 (0.25 s); and 40 to 42, said before from frame 25.
     returns = {"a": [Return(2.0, 2.35, 0.25, 0.6), Return(3.2, 3.4, 2.0, 2.35)]}
     folder = write_store(tmp_path / "s", {"a": 50, "b": 50}, returns=returns)
-    marked = load_sequences(config(folder)).train[0]["return_distances"]
+    marked = load(folder).train[0]["return_distances"]
     expected = torch.zeros(50, dtype=torch.int64)
     expected[25:30] = 22
     expected[40:43] = 15
     assert torch.equal(marked, expected)
     # In windows of 20 frames, frame 25's phrase was said in the window before: no memory of this one holds it.
-    windows = load_sequences(config(folder, duration_sec=1.6)).train
+    windows = load(folder, duration_sec=1.6).train
     assert [int(windows[index]["return_distances"].sum()) for index in range(3)] == [0, 0, 0]
     # And in one of 24 to 48, the second return is, the first is not.
-    both = load_sequences(config(folder, duration_sec=24 / 12.5)).train[1]["return_distances"]
+    both = load(folder, duration_sec=24 / 12.5).train[1]["return_distances"]
     assert both.nonzero().flatten().tolist() == [16, 17, 18]
 
 
 def test_statistics_count_chunks_as_the_memory_does(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "s", {"s/a": 30, "s/b": 40, "s/d": 60})
-    statistics = load_sequences(config(folder, packing="concatenate")).train_statistics
+    statistics = load(folder, packing="concatenate").train_statistics
     assert (statistics.files, statistics.frames, statistics.documents) == (3, 130, 5)
     assert statistics.rows == ((30, 20), (20, 30), (30,))
     assert statistics.chunks(16) == 2 + 2 + 2 + 2 + 2
@@ -167,14 +166,14 @@ def test_statistics_count_chunks_as_the_memory_does(tmp_path: Path) -> None:
 def test_the_held_out_share_hangs_on_content_alone(tmp_path: Path) -> None:
     names = {f"f{index}": 20 for index in range(200)}
     folder = write_store(tmp_path / "s", names)
-    data = load_sequences(config(folder, eval_data="", eval_fraction=0.2))
+    data = load(folder, eval_data="", eval_fraction=0.2)
     held = {row[0][0] for row in pieces_of(data.eval)}
     trained = {row[0][0] for row in pieces_of(data.train)}
     assert held | trained == set(names)
     assert not held & trained
     assert 25 <= len(held) <= 55
     more = write_store(tmp_path / "more", {f"f{index}": 20 for index in reversed(range(300))})
-    held_again = {row[0][0] for row in pieces_of(load_sequences(config(more, eval_data="", eval_fraction=0.2)).eval)}
+    held_again = {row[0][0] for row in pieces_of(load(more, eval_data="", eval_fraction=0.2).eval)}
     assert held == held_again & set(names)
     assert not is_held_out("0" * 64, 0.0)
     assert is_held_out("f" * 64, 1.0)
@@ -186,30 +185,30 @@ def test_order_is_that_of_the_seed_and_not_of_the_data(tmp_path: Path) -> None:
     two = write_store(tmp_path / "two", dict.fromkeys(reversed(names), 20))
 
     def order(folder: Path, seed: int) -> list[list[tuple[str, int, int]]]:
-        return pieces_of(load_sequences(config(folder, shuffle=True, seed=seed)).train)
+        return pieces_of(load(folder, shuffle=True, seed=seed).train)
 
     assert order(one, 1) == order(two, 1) == order(one, 1)
     assert order(one, 1) != order(one, 2)
     assert sorted(order(one, 1)) == sorted(order(one, 2))
-    assert pieces_of(load_sequences(config(one, shuffle=True)).eval) == [[(name, 0, 20)] for name in names]
+    assert pieces_of(load(one, shuffle=True).eval) == [[(name, 0, 20)] for name in names]
 
 
 def test_weights_share_out_an_epoch_and_read_every_sequence_before_any_twice(tmp_path: Path) -> None:
     big = write_store(tmp_path / "big", {f"b/{index}": 20 for index in range(30)})
     small = write_store(tmp_path / "small", {f"s/{index}": 20 for index in range(10)})
-    plain = load_sequences(config(f"{big},{small}", eval_data=str(small))).train
+    plain = load(f"{big},{small}", eval_data=str(small)).train
     assert Counter(row[0][0][0] for row in pieces_of(plain)) == {"b": 30, "s": 10}
-    weighted = load_sequences(config(f"{big}:1,{small}:3", eval_data=str(small))).train
+    weighted = load(f"{big}:1,{small}:3", eval_data=str(small)).train
     drawn = Counter(row[0][0] for row in pieces_of(weighted))
     assert {name: sum(n for file, n in drawn.items() if file[0] == name) for name in "bs"} == {"b": 10, "s": 30}
     assert set(drawn.values()) == {1, 3}
-    assert load_sequences(config(f"{big}:1,{small}:3", eval_data=str(small))).train.rows == weighted.rows
+    assert load(f"{big}:1,{small}:3", eval_data=str(small)).train.rows == weighted.rows
 
 
 def test_weights_given_when_encoding_hold_within_a_store(tmp_path: Path) -> None:
     lengths = {f"{source}/{index}": 20 for source in ("x", "y") for index in range(20)}
     folder = write_store(tmp_path / "s", lengths, weights={"x": 3.0, "y": 1.0})
-    drawn = Counter(row[0][0][0] for row in pieces_of(load_sequences(config(folder)).train))
+    drawn = Counter(row[0][0][0] for row in pieces_of(load(folder).train))
     assert drawn == {"x": 30, "y": 10}
 
 
@@ -220,7 +219,7 @@ def test_a_folders_weight_is_its_share_whatever_it_was_encoded_from(
     several = {f"{source}/{index}": 20 for source, count in (("x", 15), ("y", 5)) for index in range(count)}
     one = write_store(tmp_path / "several", several, weights=inner)
     other = write_store(tmp_path / "one", {f"z/{index}": 20 for index in range(20)})
-    drawn = Counter(row[0][0][0] for row in pieces_of(load_sequences(config(f"{one}:1,{other}:1")).train))
+    drawn = Counter(row[0][0][0] for row in pieces_of(load(f"{one}:1,{other}:1").train))
     total = sum(drawn.values())
     assert drawn["z"] / total == pytest.approx(0.5, abs=0.03)
     assert drawn["x"] / total == pytest.approx(0.375, abs=0.03)
@@ -228,7 +227,7 @@ def test_a_folders_weight_is_its_share_whatever_it_was_encoded_from(
 
 def test_items_are_the_same_in_worker_processes(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "s", {"a": 120, "b": 50})
-    train = load_sequences(config(folder)).train
+    train = load(folder).train
     again = pickle.loads(pickle.dumps(train))
     for index in range(len(train)):
         assert all(torch.equal(train[index][name], again[index][name]) for name in train[index])
@@ -237,20 +236,23 @@ def test_items_are_the_same_in_worker_processes(tmp_path: Path) -> None:
 def test_what_cannot_be_is_told_with_the_fix(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "s", {"a": 20})
     with pytest.raises(DataError, match=r"no training sequence in .*: none of 1 files is as long as data.min_sec 4"):
-        load_sequences(config(folder, min_sec=4))
+        load(folder, min_sec=4)
     with pytest.raises(DataError, match=r"no evaluation sequence in the held-out share .* or give data.eval_data"):
-        load_sequences(config(folder, eval_data="", eval_fraction=0))
+        load(folder, eval_data="", eval_fraction=0)
     other = CodesIdentity(**{**vars(IDENTITY), "mimi": "another"})
     strange = write_store(tmp_path / "o", {"a": 20}, identity=other)
     with pytest.raises(DataError, match="was encoded with another Mimi, tokenizer or text than"):
-        load_sequences(config(f"{folder},{strange}"))
-    with pytest.raises(ValidationError, match=r"min_sec 10\.0 is longer than duration_sec 5\.0"):
-        SequenceConfig(train_data="x", duration_sec=5)
-    with pytest.raises(ValidationError, match="duration_sec"):
-        SequenceConfig(train_data="x", duration_sec=2561)
-    with pytest.raises(ValidationError, match="durations_sec"):
-        SequenceConfig(train_data="x", durations_sec=10)
+        load(f"{folder},{strange}")
+    with pytest.raises(DataError, match=r"none of 1 files is as long as data\.min_sec 10"):
+        load(folder, duration_sec=20, min_sec=None)
+    with pytest.raises(ValidationError, match="minimum_sec"):
+        SequenceConfig(train_data="x", minimum_sec=10)
+
+
+def test_a_sequence_shorter_than_ten_seconds_is_whole_at_its_own_length(tmp_path: Path) -> None:
+    folder = write_store(tmp_path / "s", {"a": 120})
+    assert pieces_of(load(folder, min_sec=None).train) == [[("a", 0, 50)], [("a", 50, 100)]]
 
 
 def test_the_longest_sequence_is_32000_frames() -> None:
-    assert SequenceConfig(train_data="x", duration_sec=2560).frames == 32_000
+    assert frames_of(2560) == 32_000

@@ -275,7 +275,11 @@ def test_the_command_trains_a_moshi_recipe_and_writes_its_report(
         ({"optim": {"muon": 0.02, "memory_lr": 0.01}}, "take memory_lr out, or muon"),
         ({"optim": {"muon": 0.02}, "trainer": {"optim": "adafactor"}}, "take optim out of trainer, or muon out"),
         ({"trainer": {"learning_rat": 1}}, "unknown key 'learning_rat'"),
-        ({"data": {"train_data": "x", "duration_sec": 3}}, "data.duration_sec is the recipe's own duration_sec"),
+        ({"data": {"train_data": "x", "duration_sec": 3}}, "data.duration_sec: unknown key"),
+        (
+            {"data": {"train_data": "x", "min_sec": 10}, "duration_sec": 5},
+            "data.min_sec 10.0 is longer than duration_s",
+        ),
         ({"duration_sec": 3000}, "duration_sec: Input should be less than or equal to 2560"),
     ],
 )
@@ -301,7 +305,7 @@ def test_codes_of_another_mimi_and_documents_of_one_chunk_are_refused(
 
 def test_the_recipe_that_comes_along_is_valid() -> None:
     recipe = load_moshi_recipe(Path("recipes/moshi.yaml"))
-    assert recipe.data.frames == 32_000
+    assert recipe.frames == 32_000
     assert yaml.safe_load(dump_recipe(recipe))["moshi_paths"] is not None
 
 
@@ -335,9 +339,11 @@ def test_a_memory_that_its_clip_keeps_from_learning_is_told_of_as_the_doctor_doe
 def test_a_runs_own_recipe_can_be_given_again_with_another_length(
     toy: MoshiCheckpoint, store: Path, tmp_path: Path
 ) -> None:
-    recipe = make_recipe(toy, store)
+    data = {"train_data": str(store), "eval_data": str(store)}  # min_sec follows
+    recipe = make_recipe(toy, store, data=data)
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe))
     assert load_moshi_recipe(path) == recipe
-    longer = load_moshi_recipe(path, ["duration_sec=20", "seed=3"])
-    assert (longer.data.duration_sec, longer.data.seed) == (20, 3)
+    shorter = load_moshi_recipe(path, ["duration_sec=4.8", "seed=3"])
+    assert (shorter.frames, shorter.seed) == (60, 3)
+    assert set(shorter.load_data().train_statistics.rows) == {(60,)}

@@ -25,7 +25,7 @@ from inlay.report.canvas import DARK, LIGHT, Plot
 from inlay.report.drawing import _spread
 from inlay.report.numbers import MINUS, MISSING, alike, short
 from inlay.report.series import clean as clean_series
-from inlay.report.series import gain_over, running_mean, wilson
+from inlay.report.series import gain_over, running_mean
 
 NAN = float("nan")
 
@@ -114,7 +114,7 @@ def test_a_series_with_no_values_is_named_and_the_others_are_drawn():
         loss_by_position({}, title="T"),
         loss_by_position({"no memory": ([1, 2], [NAN, NAN])}, title="T"),
         training_curves({"a": ([], [])}, title="T"),
-        accuracy_by_distance({"a": ([0, 10], [NAN], [0])}, title="T"),
+        accuracy_by_distance({"a": ([0, 10], [NAN], [NAN], [NAN])}, title="T"),
         bars({"": {"scan": NAN}}, unit="s", title="T"),
         bars({}, unit="s", title="T"),
     ],
@@ -172,14 +172,17 @@ def test_a_long_history_is_smoothed_and_says_over_how_many_values():
     assert "loss, nats per token" in texts(training_curves({"a": (steps, steps + 1.0)}, window=1))
 
 
-def test_accuracy_carries_the_interval_that_the_number_of_questions_allows():
-    low, high = wilson(np.array([1.0, 0.5]), np.array([10.0, 100.0]))
-    np.testing.assert_allclose(low, [0.7225, 0.4038], atol=1e-4)
-    np.testing.assert_allclose(high, [1.0, 0.5962], atol=1e-4)
+def test_the_interval_of_an_accuracy_is_shaded_and_a_bin_without_one_keeps_its_point():
+    plot = accuracy_by_distance({"memory": ([0, 10, 20, 30], [1.0, 0.5, 0.75], [0.8, 0.25, NAN], [1.0, 0.75, NAN])})
+    with plot._painted(False, False, "DejaVu Sans") as figure:
+        (band,) = figure.axes[0].collections
+    shaded = band.get_paths()[0].vertices
+    assert {tuple(point) for point in shaded} == {(5.0, 80.0), (5.0, 100.0), (15.0, 25.0), (15.0, 75.0)}
+    assert "memory runs from 100 to 75.0" in plot.alt
 
 
 def test_bins_without_questions_are_left_out_and_counted():
-    plot = accuracy_by_distance({"memory": ([0, 10, 20, 30], [1.0, NAN, 0.5], [8, 0, 8])})
+    plot = accuracy_by_distance({"memory": ([0, 10, 20, 30], [1.0, NAN, 0.5], [0.7, NAN, 0.2], [1.0, NAN, 0.8])})
     assert plot.note == "1 bin without questions left out."
     assert "memory runs from 100 to 50.0" in plot.alt
 
@@ -187,9 +190,10 @@ def test_bins_without_questions_are_left_out_and_counted():
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        (([0, 1], [0.5, 0.5], [1, 1]), "N bins need N"),
-        (([0, 1, 1], [0.5, 0.5], [1, 1]), "should increase"),
-        (([0, 1, 2], [50.0, 99.0], [1, 1]), "not percent"),
+        (([0, 1], [0.5, 0.5], [0, 0], [1, 1]), "N bins need N"),
+        (([0, 1, 2], [0.5, 0.5], [0, 0], [1]), "N bins need N"),
+        (([0, 1, 1], [0.5, 0.5], [0, 0], [1, 1]), "should increase"),
+        (([0, 1, 2], [50.0, 99.0], [0, 0], [1, 1]), "not percent"),
     ],
 )
 def test_accuracies_that_cannot_be_right_are_refused(arrays, message):

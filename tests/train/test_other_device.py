@@ -24,8 +24,8 @@ from inlay.train.compress import train_compressor
 from inlay.train.moshi import train_moshi
 from tests.moshi.runs import make_recipe, make_store, make_toy
 from tests.other_device import ELSEWHERE, elsewhere, other_device
-from tests.train.test_compress import decoder
-from tests.train.test_compress import recipe as compress_recipe
+from tests.train.compression import decoder
+from tests.train.compression import recipe as compress_recipe
 from tests.train.test_training import recipe as text_recipe
 
 __all__ = ["decoder", "other_device"]

@@ -30,7 +30,7 @@ from inlay.train.yaml_recipe import RecipeError, check_recipe, dump_recipe
 from tests.closeness import assert_close
 from tests.processes import in_two_processes
 from tests.softtoken.local import llama, words
-from tests.train.test_compress import DATA, build_decoder, decoder  # noqa: F401
+from tests.train.compression import DATA, build_decoder, decoder  # noqa: F401
 
 MEMORY = {"layers": [-1], "chunk_size": 4, "eta": 0.5, "init": "next_token", "normalize_target": True}
 LAYOUT = PromptLayout(bos=False, question="{question}", anchor="Answer", answer_tokens=4)

@@ -135,6 +135,21 @@ def test_a_short_last_batch_does_not_weigh_as_much_as_a_full_one(tmp_path: Path,
     assert [line["loss/part"] for line in trainer.state.log_history if "loss/part" in line] == [pytest.approx(20)]
 
 
+@pytest.mark.parametrize("values", [(1, 2, 3, 4, 90), (1, 2, 90), (90,), (1, 2, 3, 90)])
+def test_two_processes_count_each_row_once_in_every_part(tmp_path: Path, values: tuple[int, ...]) -> None:
+    """The last batch of two may hold a row and one that was there already, or two that were."""
+
+    def work(rank: int) -> None:
+        data = [{"values": torch.tensor(float(value))} for value in values]
+        metrics = MeanTrainer(model=Mean(), args=arguments(tmp_path, 2), eval_dataset=data).evaluate()
+        (tmp_path / f"{rank}.txt").write_text(f"{metrics['eval_loss']} {metrics['eval_loss/part']}")
+
+    in_two_processes(work)
+    for rank in (0, 1):
+        figures = [float(figure) for figure in (tmp_path / f"{rank}.txt").read_text().split()]
+        assert figures == pytest.approx([sum(values) / len(values)] * 2)
+
+
 def test_the_best_checkpoint_of_a_renamed_run_is_found_in_its_new_folder(tmp_path: Path) -> None:
     base = model()
     memory = attach(base, FastWeightConfig(layers=[1], chunk_size=4, eta=0.1))

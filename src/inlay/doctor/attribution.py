@@ -117,9 +117,10 @@ class Attribution:
             return ""
         begins = "The convolution is zero, as `init: zero` makes it"
         if self.clipping is None:
+            healthy = "" if self.findings() else " That is as it should be."
             return (
                 f"{begins}, so the projection's gradient is exactly 0 at the first step, a clip finds nothing to "
-                "shorten, and the convolution moves first. That is as it should be."
+                f"shorten, and the convolution moves first.{healthy}"
             )
         return (
             f"{begins}, so there is no update to be clipped yet, and the table does not show what the clip will do. "

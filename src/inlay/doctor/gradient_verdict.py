@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from inlay.doctor.findings import Finding, Severity
 from inlay.doctor.gradients import GradientNorms
-from inlay.doctor.trials import BOUNDARY, CLIP, ETA, INIT, SEQUENCE, Trial, ratio, times
+from inlay.doctor.trials import BOUNDARY, CLIP, ETA, EXPOSURE, INIT, SEQUENCE, Trial, ratio, times
 from inlay.fastweight import FastWeightConfig
 from inlay.report.numbers import short
 
@@ -135,14 +135,21 @@ def judge(
 def _why(own: GradientNorms, cause: Trial | None, trials: Sequence[Trial]) -> tuple[str, str]:
     """The dominant cause of a gradient that is too small, and the fix."""
     if cause is None:
-        raising = {trial.factor for trial in trials if trial.factor in (ETA, INIT) and (trial.ratio or 0) > RAISES}
-        beyond = f" but a larger {' or '.join(sorted(raising))}, to which it is in proportion," if raising else ""
-        return f"nothing that was tried{beyond} makes it more than twice as large", ""
+        return f"nothing that was tried{_not_advised(trials)} makes it more than twice as large", ""
     if cause.shortfall is not None:
         below = f"{times(cause.shortfall)} below the usual"
         return f"the dominant cause is {cause.factor}, which it is in proportion to and which is {below}", cause.fix
     raised = "it gets one" if own.memory == 0 else f"it is {times(cause.ratio)} as large"
     return f"the dominant cause is {cause.factor}: with {cause.setting} {raised}", cause.fix
+
+
+def _not_advised(trials: Sequence[Trial]) -> str:
+    """What makes the gradient more than twice as large and is no remedy, within a sentence; empty for nothing."""
+    raising = {trial.factor for trial in trials if (trial.ratio or 0) > RAISES}
+    larger = sorted(raising & {ETA, INIT})
+    but = [f"a larger {' or '.join(larger)}, to which it is in proportion,"] if larger else []
+    but += [f"{factor}{', which reads ahead,' * (factor == EXPOSURE)}" for factor in sorted(raising - {ETA, INIT})]
+    return f" but {' and '.join(but)}" if but else ""
 
 
 def _never_read(config: FastWeightConfig, own: GradientNorms, trials: Sequence[Trial]) -> Finding:

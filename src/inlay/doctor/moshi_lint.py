@@ -54,7 +54,7 @@ class MoshiCase(Case):
     @property
     def tokens(self) -> int:
         """See :class:`Case`."""
-        return self.recipe.data.frames
+        return self.recipe.frames
 
     def length(self, tokens: int) -> str:
         """See :class:`Case`."""

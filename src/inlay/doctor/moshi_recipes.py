@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
 from torch import Tensor
 from transformers import set_seed
 
@@ -15,10 +14,10 @@ from inlay.doctor.examine import Progress, examine
 from inlay.doctor.findings import Examination, Severity
 from inlay.doctor.moshi_lint import MoshiCase, lint_moshi
 from inlay.doctor.moshi_model import MoshiCausalLM
-from inlay.doctor.plan_moshi import LENGTH_KEY, plan_moshi_recipe
+from inlay.doctor.plan_moshi import LENGTH_KEY, MOST_FRAMES, plan_moshi_recipe
 from inlay.doctor.recipes import MEASURED
 from inlay.moshi.model import MoshiForTraining
-from inlay.moshi.sequences import SequenceConfig, load_sequences
+from inlay.moshi.sequences import frames_of, load_sequences
 from inlay.moshi.weights import load_checkpoint
 from inlay.report.provenance import provenance
 from inlay.train.directory import mixed_precision, training_device
@@ -60,7 +59,7 @@ def examine_moshi_recipe(
     set_seed(recipe.seed)
     device = training_device(recipe.trainer)
     checkpoint = load_checkpoint(recipe.moshi_paths.hf_repo_id, device=device, dtype=DTYPES[recipe.param_dtype])
-    data = load_sequences(recipe.data)
+    data = recipe.load_data()
     made["lint"] = lint_moshi(MoshiCase(recipe, checkpoint, data), source=source)
     if any(finding.code in _BEFORE_IT_IS_BUILT for finding in made["lint"].findings()):
         return stop("the model was not built, see the lint")
@@ -97,10 +96,12 @@ def examine_moshi_recipe(
 
 def _longer_batch(model: MoshiCausalLM, recipe: MoshiRecipe) -> dict[str, Tensor] | None:
     """The same conversations in sequences twice as long; None where they, or what a recipe may ask for, end before."""
-    try:
-        config = SequenceConfig.model_validate(
-            recipe.data.model_dump() | {"duration_sec": 2 * recipe.duration_sec, "min_sec": 2 * recipe.duration_sec}
-        )
-        return model.sample(load_sequences(config).train, recipe.batch_size, recipe.seed)
-    except (ValidationError, DataError):
+    seconds = 2 * recipe.duration_sec
+    if frames_of(seconds) > MOST_FRAMES:
         return None
+    whole = recipe.data.model_copy(update={"min_sec": seconds})
+    try:
+        data = load_sequences(whole, duration_sec=seconds, seed=recipe.seed)
+    except DataError:
+        return None
+    return model.sample(data.train, recipe.batch_size, recipe.seed)

@@ -128,7 +128,7 @@ def training_step(recipe: MoshiRecipe) -> tuple[TrainingStep, tuple[str, ...]]:
     if recipe.optim.muon is not None or optimizer not in OPTIMIZERS:
         named = "optim.muon" if recipe.optim.muon is not None else f"optim: {optimizer}"
         assumptions.append(f"{named} is planned as AdamW with states in the parameters' dtype.")
-    frames = recipe.data.frames
+    frames = recipe.frames
     document_tokens = None
     if recipe.data.packing == "concatenate":
         document_tokens = max(1, frames // 2)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from inlay.evaluate.scoring import EvaluationError, Floats, Integers
-from inlay.report.series import wilson
 
 _NORMAL = 1.959964
 _STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
@@ -64,27 +63,53 @@ def paired_interval(differences: Floats, counts: Integers) -> Interval:
 
 
 def mean_interval(scores: Floats, groups: Integers) -> Interval:
-    """The mean of scores in 0..1 with its 95 % interval, from the spread between groups.
-
-    Wilson's interval for as many independent yes-or-no trials as would spread like these scores; so it stays within
-    0..1 and has a width where every score is 0 or 1. Where nothing spreads, each group counts as one trial.
+    """The mean of scores in 0..1 with its 95 % interval, as :func:`share_interval` gives it.
 
     Args:
         scores: ``[N]`` what each question was given.
         groups: ``[N]`` number of each question's context or sequence; equal numbers, one group.
     """
-    mean = float(scores.mean())
     _, group = np.unique(groups, return_inverse=True)
-    counts = np.bincount(group)
-    number = len(counts)
-    if number < 2:
+    return share_interval(np.bincount(group, scores), np.bincount(group))
+
+
+def share_interval(sums: Floats | Integers, counts: Integers) -> Interval:
+    """The mean of scores in 0..1 with its 95 % interval, from the spread between groups.
+
+    Wilson's interval for as many independent yes-or-no trials as would spread like the groups, so it stays within 0..1
+    and has a width where every score is 0 or 1. How alike a group's answers are is seen only in groups that differ from
+    the rest: with one mistake in all it is as unknown as with none, and a group counts as one trial. Each further group
+    with a mistake is a degree of freedom more. There are never more trials than questions.
+
+    Args:
+        sums: ``[G]`` sum of each group's scores.
+        counts: ``[G]`` its questions; groups without any are left out.
+    """
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    questions, groups = int(counts.sum()), len(counts)
+    mean = float(sums.sum() / questions) if questions else float("nan")
+    if groups < 2:
         return Interval(mean, float("nan"), float("nan"))
-    residuals = np.bincount(group, scores) - mean * counts
-    error = np.sqrt(number / (number - 1) * np.square(residuals).sum()) / len(scores)
-    error *= student(number - 1) / _NORMAL  # few groups tell little of their own spread
-    trials = mean * (1 - mean) / error**2 if error > 1e-9 else number
-    low, high = wilson(np.array([mean]), np.array([float(trials)]))
-    return Interval(mean, float(low[0]), float(high[0]))
+    telling = min(int((sums > 1e-9).sum()), int((counts - sums > 1e-9).sum()))
+    spread = groups / (groups - 1) * np.square(sums - mean * counts).sum()
+    measured = mean * (1 - mean) * questions**2 / spread if spread > 1e-9 else 1e18
+    as_one = questions**2 / np.square(counts).sum()  # trials if each group gave one answer; fewer where sizes differ
+    trials = min(questions, measured * _trusted(groups), max(as_one, measured * _trusted(telling)))
+    low, high = wilson(mean, trials)
+    return Interval(mean, low, high)
+
+
+def wilson(share: float, trials: float) -> tuple[float, float]:
+    """Lower and upper end of the 95 % interval of a share observed in independent trials."""
+    z = _NORMAL
+    middle = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * np.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+def _trusted(groups: int) -> float:
+    """The share of its trials that a spread measured in so few groups is worth, by Student's t."""
+    return float(_NORMAL / student(groups - 1)) ** 2 if groups > 1 else 0.0
 
 
 def numbered(values: Iterable[Hashable]) -> Integers:

@@ -109,8 +109,7 @@ def measure_moshi(
     Raises:
         EvaluationError: There is no sequence.
     """
-    lm = task.lm
-    after = (lm.context or 0) if returned_after is None else returned_after
+    lm, after = task.lm, _reach(task, returned_after)
     chosen = choose(len(data), max_sequences)
     length = max(sum(piece.frames for piece in data.rows[index]) for index in chosen)
     gathered = {name: _Gathered(length) for name in STREAMS}
@@ -298,8 +297,7 @@ def evaluate_moshi(
 
     Arguments are those of :func:`measure_moshi`.
     """
-    lm = task.lm
-    after = (lm.context or 0) if returned_after is None else returned_after
+    lm, after = task.lm, _reach(task, returned_after)
     remembers = find_memory(lm) is not None
 
     def measure() -> dict[str, StreamLoss]:
@@ -309,6 +307,10 @@ def evaluate_moshi(
 
     evaluation = MoshiEvaluation(lm.context, after, NO_STEP if remembers else None)
     return evaluation.add(with_and_without_memory(lm, measure) if remembers else {NO_MEMORY: measure()})
+
+
+def _reach(task: MoshiForTraining, returned_after: int | None) -> int:
+    return (task.lm.context or 0) if returned_after is None else returned_after
 
 
 def _bits(loss: SpanLoss) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 
 from inlay.data.packing import NO_LABEL, TOKEN_COLUMNS, collate
 from inlay.data.recall import RecallDataset
-from inlay.evaluate.intervals import Interval, mean_interval
+from inlay.evaluate.intervals import Interval, share_interval
 from inlay.evaluate.scoring import (
     EvaluationError,
     Floats,
@@ -22,7 +22,6 @@ from inlay.evaluate.scoring import (
     batches,
     choose,
     device_of,
-    divide,
     evaluating,
     logits_of,
 )
@@ -34,19 +33,15 @@ class RecallAccuracy:
 
     Attributes:
         edges: ``[N + 1]`` edges of the distance bins, in tokens; a bin holds its lower edge and not its upper one.
-        correct: ``[N]`` right answers.
-        counts: ``[N]`` questions.
+        correct: ``[S, N]`` right answers of each sequence in each bin.
+        counts: ``[S, N]`` its questions.
         chance: Share that guessing among the values gets right.
-        sequence_correct: ``[S]`` right answers of each sequence.
-        sequence_counts: ``[S]`` questions of each sequence.
     """
 
     edges: Floats
     correct: Integers
     counts: Integers
     chance: float
-    sequence_correct: Integers
-    sequence_counts: Integers
 
     @property
     def questions(self) -> int:
@@ -58,34 +53,30 @@ class RecallAccuracy:
         """Share of right answers, 0 to 1."""
         return float(self.correct.sum() / self.counts.sum())
 
-    @property
-    def by_distance(self) -> Floats:
-        """``[N]`` share of right answers in each bin; NaN where there is no question."""
-        return divide(self.correct.astype(np.float64), self.counts)
-
     def interval(self) -> Interval:
-        """The accuracy with its 95 % interval, from the spread between sequences.
-
-        A sequence's questions share its pairs and the memory that was written of them, so they are no independent
-        measurements. Where all answers are right, or all wrong, nothing spreads and nothing says how alike those of
-        one sequence are: each sequence then counts as one question, and the interval of S sequences without a mistake
-        is Wilson's, from S / (S + 1.96²) to 1. The ends are NaN with fewer than two sequences.
+        """The accuracy with its 95 % interval, from the spread between sequences: a sequence's questions share its
+        pairs and the memory that was written of them. The ends are NaN with fewer than two sequences.
         """
-        wrong = self.sequence_counts - self.sequence_correct
-        sequences = len(self.sequence_counts)
-        scores = np.repeat(np.tile([1.0, 0.0], sequences), np.stack([self.sequence_correct, wrong], axis=1).ravel())
-        return mean_interval(scores, np.repeat(np.arange(sequences), self.sequence_counts))
+        return share_interval(self.correct.sum(1), self.counts.sum(1))
+
+    def by_distance(self) -> tuple[Floats, Floats, Floats]:
+        """``[N]`` share of right answers in each bin and the ends of its interval, likewise by sequence; NaN where no
+        sequence has a question, and where fewer than two have."""
+        bins = [share_interval(*one) for one in zip(self.correct.T, self.counts.T, strict=True)]
+        mean, low, high = np.array([(one.mean, one.low, one.high) for one in bins]).T
+        return mean, low, high
 
     def to_json(self) -> dict[str, Any]:
         """Plain types."""
+        shares, _, _ = self.by_distance()
         return {
             "accuracy": self.interval().to_json(),
             "questions": self.questions,
-            "sequences": len(self.sequence_counts),
+            "sequences": len(self.counts),
             "chance": self.chance,
             "distance_edges": self.edges.tolist(),
-            "accuracy_by_distance": self.by_distance.tolist(),
-            "counts": self.counts.tolist(),
+            "accuracy_by_distance": shares.tolist(),
+            "counts": self.counts.sum(0).tolist(),
         }
 
 
@@ -117,7 +108,7 @@ def recall_accuracy(
     """
     where = device_of(model) if device is None else torch.device(device)
     with_distances = partial(collate, columns=(*TOKEN_COLUMNS, "distances"))
-    distances, right, sequence_correct, sequence_counts = [], [], [], []
+    distances, right, asked_by = [], [], []
     with evaluating(model):
         for batch in batches(
             dataset,
@@ -131,18 +122,17 @@ def recall_accuracy(
             asked = wanted != NO_LABEL
             hit = asked & (logits_of(model, batch)[:, :-1].argmax(-1) == wanted)
             right.append(hit[asked].cpu().numpy())
-            sequence_correct.append(hit.sum(1).cpu().numpy())
-            sequence_counts.append(asked.sum(1).cpu().numpy())
+            asked_by.append(asked.sum(1).cpu().numpy())
             distances.append(batch["distances"][:, 1:][asked].cpu().numpy())
     distance, correct = np.concatenate(distances), np.concatenate(right)
-    edges = _edges(bins, distance)
+    edges, questions = _edges(bins, distance), np.concatenate(asked_by)
+    sequence = np.repeat(np.arange(len(questions)), questions)
+    cells = (np.arange(len(questions) + 1), edges)
     return RecallAccuracy(
         edges,
-        np.histogram(distance[correct], edges)[0].astype(np.int64),
-        np.histogram(distance, edges)[0].astype(np.int64),
+        np.histogram2d(sequence[correct], distance[correct], cells)[0].astype(np.int64),
+        np.histogram2d(sequence, distance, cells)[0].astype(np.int64),
         1 / dataset.config.values,
-        np.concatenate(sequence_correct),
-        np.concatenate(sequence_counts),
     )
 
 

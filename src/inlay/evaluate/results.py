@@ -137,9 +137,7 @@ class Evaluation:
                 )
             )
         if self.recalls:
-            answers = {name: (one.edges, one.by_distance, one.counts) for name, one in self.recalls.items()}
-            if any((one.counts == 0).any() for one in self.recalls.values()):
-                answers = {name: _without_gaps(one) for name, one in self.recalls.items()}
+            answers = {name: (one.edges, *one.by_distance()) for name, one in self.recalls.items()}
             plots.append(accuracy_by_distance(answers, baseline=self.baseline, marks=marks))
         sections = [
             Section(title, items=[plot.figure(), grid])
@@ -201,7 +199,7 @@ class Evaluation:
                 ]
             )
         first = next(iter(self.recalls.values()))
-        caption = f"Intervals are from the spread between {len(first.sequence_counts):,} sequences."
+        caption = f"Intervals are from the spread between {len(first.counts):,} sequences."
         return Table(["", "right answers", "95 % interval", "questions", "by chance"], rows, caption)
 
     def _compared(self, variants: Mapping[str, Result]) -> list[str]:
@@ -230,11 +228,6 @@ def _by_column(corner: str, labels: Sequence[str], columns: Mapping[str, Sequenc
     rows = [[label, *cells] for label, *cells in zip(labels, *columns.values(), strict=True)]
     right: Literal["right"] = "right"
     return Table([corner, *columns], rows, caption, align=["left", *[right] * len(columns)])
-
-
-def _without_gaps(recall: RecallAccuracy) -> tuple[Any, Any, Any]:
-    """For the plot, which wants a share in every bin and leaves out those without questions."""
-    return recall.edges, [0.0 if math.isnan(share) else share for share in recall.by_distance], recall.counts
 
 
 def _figure(value: float, digits: int = 3) -> str:

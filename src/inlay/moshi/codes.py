@@ -7,7 +7,8 @@ steps a call, the newest keys overwrite the oldest ones that the call's first qu
 by a call's steps less one, and every query finds its whole context.
 
 How close this is to the whole forward: latents to float32 rounding (3e-7 relative at Mimi's full size), so a code
-differs only where two entries of a codebook are as near to the latent as that; see `tests/moshi/test_codes.py`.
+differs only where two entries of a codebook are as near to the latent as that; see `tests/moshi/test_codes.py`. That is
+on the CPU; on CUDA, PyTorch lets convolutions multiply in TF32, and the codes are those that Mimi gives there.
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ def encode_data(
         data: `path:weight,path:weight`, see `inlay.data.audio`.
         out: The store's folder.
         checkpoint: Gives Mimi and the text tokenizer. Its language model is not built.
-        workers: Processes that encode; 1 is this process.
+        workers: Processes that encode; 1 is this process. Each puts a Mimi of its own on the checkpoint's device, so
+            several share a GPU. They are no forks, in which CUDA does not work.
         on_error: What happens to conversations with a problem: "raise" encodes none until all are sound, "skip" leaves
             them out.
         keep_and_shift: See `Interleaver`.
@@ -254,10 +255,11 @@ def _in_workers(todo: list[Conversation], setup: _Setup, workers: int, tell: _To
                     result = error
                 tell(one.samples / SAMPLE_RATE)
                 yield one, result
-    except BrokenProcessPool:
+    except (BrokenProcessPool, torch.OutOfMemoryError) as error:
+        full = isinstance(error, torch.OutOfMemoryError)
+        why = "the device's memory is full" if full else "a worker process ended (out of memory?)"
         raise DataError(
-            "a worker process ended before its file was encoded (out of memory?); "
-            "run the same call again with fewer workers, it goes on where it stopped"
+            f"{why} before a file was encoded; run the same call again with fewer workers, it goes on where it stopped"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

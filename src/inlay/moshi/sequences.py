@@ -17,11 +17,11 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -52,35 +52,19 @@ class SequenceConfig(BaseModel):
     eval_data: str = ""
     """Likewise, for evaluation. Empty: `eval_fraction` of the training files is held out."""
 
-    duration_sec: Annotated[float, Field(gt=0, le=2560)] = 100.0
-    """Seconds of a sequence: moshi-finetune's 100, or up to 2,560 (32,000 frames)."""
-
     packing: Packing = "cut"
     """"cut": a sequence is a window of one file. "concatenate": files of one source (a part of the
     DATA that was encoded) follow one another until it is full."""
 
-    min_sec: Annotated[float, Field(ge=0)] = 10.0
-    """What is left of a file below so many seconds is dropped. With "concatenate" only whole short files are."""
+    min_sec: Annotated[float, Field(ge=0)] | None = None
+    """What is left of a file below so many seconds is dropped; 10, or a shorter sequence's own length, when not given.
+    With "concatenate" only whole short files are."""
 
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of files held out by the hash of their audio, when `eval_data` is empty."""
 
     shuffle: bool = True
-    """Files in another order, drawn from `seed`; without, in the order of DATA. Evaluation is never shuffled."""
-
-    seed: int = 0
-    """Of the order and of what is drawn by weight."""
-
-    @model_validator(mode="after")
-    def _lengths_fit(self) -> Self:
-        if self.min_sec > self.duration_sec:
-            raise ValueError(f"min_sec {self.min_sec} is longer than duration_sec {self.duration_sec}")
-        return self
-
-    @property
-    def frames(self) -> int:
-        """T, frames of a full sequence."""
-        return math.ceil(self.duration_sec * FRAME_RATE)
+    """Files in another order, drawn from the run's seed; without, as DATA has them. Evaluation is never shuffled."""
 
 
 class Piece(NamedTuple):
@@ -226,8 +210,13 @@ class MoshiData:
     eval_statistics: SequenceStatistics
 
 
-def load_sequences(config: SequenceConfig) -> MoshiData:
+def load_sequences(config: SequenceConfig, *, duration_sec: float = 100.0, seed: int = 0) -> MoshiData:
     """Open the stores and settle the sequences.
+
+    Args:
+        config: Which.
+        duration_sec: Seconds of a full one.
+        seed: Of the order and of what is drawn by weight.
 
     Raises:
         DataError: No such store, stores of different Mimis, or no sequence for training or evaluation.
@@ -244,8 +233,8 @@ def load_sequences(config: SequenceConfig) -> MoshiData:
         eval_files = [file for file in files if is_held_out(_audio_hash(stores, file), config.eval_fraction)]
         held = set(eval_files)
         train_files = [file for file in files if file not in held]
-    train = _Rows(stores, config, train_files, shuffle=config.shuffle)
-    held_rows = _Rows(eval_stores, config, eval_files, shuffle=False)
+    train = _Rows(stores, config, train_files, duration_sec, seed, shuffle=config.shuffle)
+    held_rows = _Rows(eval_stores, config, eval_files, duration_sec, seed, shuffle=False)
     if not train.rows:
         raise DataError(f"no training sequence in {config.train_data}: {train.why_none()}")
     if not held_rows.rows:
@@ -258,6 +247,11 @@ def load_sequences(config: SequenceConfig) -> MoshiData:
         train.statistics(rows),
         held_rows.statistics(held_rows.rows),
     )
+
+
+def frames_of(seconds: float) -> int:
+    """Frames of so many seconds, the last of which may be incomplete."""
+    return math.ceil(seconds * FRAME_RATE)
 
 
 def is_held_out(audio_sha256: str, fraction: float) -> bool:
@@ -293,12 +287,21 @@ class _Rows:
     """Cuts files into rows, source by source, so that a row has one source and can be drawn by its weight."""
 
     def __init__(
-        self, stores: Sequence[CodesStore], config: SequenceConfig, files: list[tuple[int, int]], *, shuffle: bool
+        self,
+        stores: Sequence[CodesStore],
+        config: SequenceConfig,
+        files: list[tuple[int, int]],
+        duration_sec: float,
+        seed: int,
+        *,
+        shuffle: bool,
     ) -> None:
-        self.stores, self.config, self.shuffle = stores, config, shuffle
+        self.stores, self.packing, self.seed, self.shuffle = stores, config.packing, seed, shuffle
         self.files = len(files)
         self.dropped = 0
-        self.least = max(1, math.ceil(config.min_sec * FRAME_RATE))
+        self.frames = frames_of(duration_sec)
+        self.min_sec = min(10.0, duration_sec) if config.min_sec is None else config.min_sec
+        self.least = max(1, frames_of(self.min_sec))
         by_source: dict[tuple[int, str], list[tuple[int, int]]] = defaultdict(list)
         for store, entry in files:
             by_source[store, stores[store].entries[entry].source].append((store, entry))
@@ -310,22 +313,22 @@ class _Rows:
             return files
         # By content: the order does not hang on how DATA was written.
         files = sorted(files, key=lambda file: _audio_hash(self.stores, file))
-        return [files[index] for index in np.random.default_rng(self.config.seed).permutation(len(files))]
+        return [files[index] for index in np.random.default_rng(self.seed).permutation(len(files))]
 
     def _cut(self, files: list[tuple[int, int]]) -> list[Row]:
-        size = self.config.frames
+        size = self.frames
         rows: list[Row] = []
         row: list[Piece] = []
         room = size
         for store, entry in files:
             frames, at = self.stores[store].entries[entry].frames, 0
-            if self.config.packing == "concatenate" and frames < self.least:
+            if self.packing == "concatenate" and frames < self.least:
                 self.dropped += frames
                 continue
             while at < frames:
                 piece = Piece(store, entry, at, min(at + room, frames))
                 at = piece.stop
-                if self.config.packing == "cut":
+                if self.packing == "cut":
                     if piece.frames >= self.least:
                         rows.append((piece,))
                     else:
@@ -360,7 +363,7 @@ class _Rows:
         for number, (source, share) in enumerate(shares.items()):
             rows = self.rows_of[source]
             count = max(1, round(len(self.rows) * share / total))
-            generator = np.random.default_rng([self.config.seed, number])
+            generator = np.random.default_rng([self.seed, number])
             # Every row once before any is drawn again.
             order = np.concatenate([generator.permutation(len(rows)) for _ in range(-(-count // len(rows)))])
             drawn += [rows[index] for index in order[:count]]
@@ -374,10 +377,10 @@ class _Rows:
         """What these rows hold."""
         files = {(piece.store, piece.entry) for row in rows for piece in row}
         frames = tuple(tuple(piece.frames for piece in row) for row in rows)
-        return SequenceStatistics(len(files), frames, self.dropped, self.config.frames)
+        return SequenceStatistics(len(files), frames, self.dropped, self.frames)
 
     def why_none(self) -> str:
         """Why there is no row, and what to do."""
         if not self.files:
             return "no file falls into it; change data.eval_fraction"
-        return f"none of {self.files} files is as long as data.min_sec {self.config.min_sec}; lower it"
+        return f"none of {self.files} files is as long as data.min_sec {self.min_sec}; lower it"

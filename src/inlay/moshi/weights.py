@@ -131,17 +131,6 @@ def load_checkpoint(
     return MoshiCheckpoint(str(source), info, lm_config, where, dtype)
 
 
-def chosen_device(device: str | None) -> str:
-    """Where a command runs: where it was told to, else on the GPU if there is one.
-
-    Raises:
-        InlayError: There is no such GPU.
-    """
-    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-        raise InlayError(f"--device {device}: no CUDA is available here; leave it out, or give cpu")
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def is_conditioned(lm: LMModel) -> bool:
     """Whether a model wants conditions beside its streams; an empty ``conditioners`` in its config asks for none."""
     provider = lm.condition_provider

@@ -18,7 +18,7 @@ from inlay.report.canvas import Canvas, Plot
 from inlay.report.document import ReportError
 from inlay.report.drawing import draw_curves, draw_with_gap
 from inlay.report.numbers import short
-from inlay.report.series import Curve, Series, clean, gain_over, numbers, running_mean, wilson
+from inlay.report.series import Curve, Series, clean, gain_over, numbers, running_mean
 
 Pair: TypeAlias = tuple[ArrayLike, ArrayLike]
 Row: TypeAlias = NDArray[np.float64]
@@ -141,19 +141,20 @@ def training_curves(
 
 
 def accuracy_by_distance(
-    curves: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]],
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]],
     *,
     baseline: str | None = None,
     title: str = "Recall by distance",
     xlabel: str = "distance to the fact, tokens",
     marks: Mapping[float, str] | None = None,
 ) -> Plot:
-    """Share of right answers against distance, with the 95 % interval (Wilson) that the number of questions allows.
+    """Share of right answers against distance, with its 95 % interval.
 
     Points stand at the middle of their bin. The axis is logarithmic where the edges grow more than thirtyfold.
 
     Args:
-        curves: Name to (edges of the distance bins `[N+1]`, accuracy from 0 to 1 `[N]`, questions per bin `[N]`).
+        curves: Name to (edges of the distance bins `[N+1]`; accuracy from 0 to 1 `[N]`, NaN in a bin without questions;
+            lower and upper end of its interval, `[N]` each, NaN where there is none).
         baseline: The curve to draw in grey, if any.
         title: Heading inside the picture.
         xlabel: Quantity and unit of the distance.
@@ -164,16 +165,16 @@ def accuracy_by_distance(
             shares).
     """
     bins = {name: _bins(name, *arrays) for name, arrays in curves.items()}
-    first = min((edges[0] for edges, _, _ in bins.values()), default=0.0)
-    last = max((edges[-1] for edges, _, _ in bins.values()), default=0.0)
+    first = min((edges[0] for edges, *_ in bins.values()), default=0.0)
+    last = max((edges[-1] for edges, *_ in bins.values()), default=0.0)
     log_x = bool(first > 0 and last / first > 30)
     series, empty_bins = [], 0
-    for name, (edges, accuracy, counts) in bins.items():
-        used = counts > 0
+    for name, (edges, accuracy, low, high) in bins.items():
+        used = ~np.isnan(accuracy)
         empty_bins += int((~used).sum())
-        low, high = wilson(accuracy[used], counts[used])
         middle = np.sqrt(edges[1:] * edges[:-1]) if log_x else (edges[1:] + edges[:-1]) / 2
-        series.append(Series(name, middle[used], 100 * accuracy[used], (100 * low, 100 * high), name == baseline))
+        band = (100 * low[used], 100 * high[used])
+        series.append(Series(name, middle[used], 100 * accuracy[used], band, name == baseline))
     cleaned, notes = clean(series, log_x=log_x)
     if empty_bins:
         notes.append(f"{empty_bins} {'bin' if empty_bins == 1 else 'bins'} without questions left out.")
@@ -235,18 +236,18 @@ def bars(
     return Plot(title, paint, _sentence(title, f"{unit}: {', '.join(present)}"), heights, " ".join(notes))
 
 
-def _bins(name: str, edges: ArrayLike, accuracy: ArrayLike, counts: ArrayLike) -> tuple[Row, Row, Row]:
-    e, a, c = (numbers(values, name) for values in (edges, accuracy, counts))
-    if len(e) != len(a) + 1 or len(c) != len(a) or not len(a):
+def _bins(name: str, *arrays: ArrayLike) -> tuple[Row, Row, Row, Row]:
+    edges, accuracy, low, high = (numbers(values, name) for values in arrays)
+    if not len(edges) - 1 == len(accuracy) == len(low) == len(high) or not len(accuracy):
         raise ReportError(
-            f"accuracy_by_distance: {name!r} has {len(e)} edges, {len(a)} accuracies and {len(c)} counts; "
-            "N bins need N+1, N and N, and N is at least 1"
+            f"accuracy_by_distance: {name!r} has {len(edges)} edges, {len(accuracy)} accuracies and intervals from "
+            f"{len(low)} to {len(high)} values; N bins need N+1, N, N and N, and N is at least 1"
         )
-    if not (np.diff(e) > 0).all():
+    if not (np.diff(edges) > 0).all():
         raise ReportError(f"accuracy_by_distance: the edges of {name!r} should increase")
-    if ((a < 0) | (a > 1)).any():
+    if ((accuracy < 0) | (accuracy > 1)).any():
         raise ReportError(f"accuracy_by_distance: {name!r} should be shares from 0 to 1, not percent")
-    return e, a, c
+    return edges, accuracy, low, high
 
 
 def _plot(title: str, paint: Callable[[Canvas], None], curves: Sequence[Curve], notes: list[str], what: str) -> Plot:

@@ -10,11 +10,12 @@ import torch
 import transformers
 
 from inlay import __version__
+from inlay.devices import chosen_device
 
 
 def provenance(device: torch.device | str | None = None) -> dict[str, Any]:
     """Versions, and what the figures were measured on: ``device``, or the GPU if there is one."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(device)
     return {
         "inlay": __version__,
         "torch": torch.__version__,

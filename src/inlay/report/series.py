@@ -111,11 +111,3 @@ def running_mean(y: NDArray[np.float64], span: int) -> NDArray[np.float64]:
     sums = np.convolve(np.pad(np.where(known, y, 0.0), span // 2), np.ones(span), "valid")
     counts = np.convolve(np.pad(known.astype(float), span // 2), np.ones(span), "valid")
     return np.where(known, sums / np.maximum(counts, 1), np.nan)
-
-
-def wilson(share: NDArray[np.float64], n: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Lower and upper end of the 95 % interval of a share observed in `n` trials, `[N]` each."""
-    z = 1.959964
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)

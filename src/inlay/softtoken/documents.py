@@ -127,10 +127,7 @@ def encode_documents(
         CompressorError: A document is too long for the compressor or has no tokens, or the ratio is not allowed.
     """
     begun = time.monotonic()
-    config = run.compressor.config
-    run.compressor.plan(1, ratio=ratio, slots=slots)  # is this ratio allowed at all
-    if ratio is None and slots is None:
-        ratio, slots = (None, config.slots) if config.slots is not None else (config.ratios[0], None)
+    ratio, slots = run.compressor.budget(ratio, slots)
     planner = _Planner(run, ratio, slots)
     texts = _by_id(documents)
     header = StoreHeader.of(run.model, run.compressor, run.layout, run.directory)

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from inlay.data import FactsDataset, QAData, load_qa
 from inlay.data.tokenizer import load_pretrained_tokenizer
+from inlay.devices import chosen_device
 from inlay.fastweight import InlayError
 from inlay.files import write_folder
 from inlay.softtoken.compressors import Compressor, build_compressor, load_compressor
@@ -206,7 +207,7 @@ def load_compress_run(directory: str | Path, *, device: str | torch.device | Non
     require_finished(directory)
     recipe = load_compress_recipe(directory / RECIPE)
     base, tokenizer = load_decoder(recipe, directory)
-    model: PreTrainedModel | PeftModel = base.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model: PreTrainedModel | PeftModel = base.to(chosen_device(device))
     if (directory / DECODER_ADAPTER).is_dir():
         model = PeftModel.from_pretrained(base, str(directory / DECODER_ADAPTER))
     compressor = load_compressor(directory / COMPRESSOR, model)

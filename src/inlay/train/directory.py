@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
+from inlay.devices import chosen_device
 from inlay.fastweight import InlayError
 from inlay.files import replacing, write_whole
 from inlay.train.trainer import MetricsFile, ProgressBar, best_checkpoint
@@ -131,7 +132,7 @@ def training_arguments(directory: Path, seed: int, trainer: dict[str, Any]) -> T
 
 def training_device(trainer: Mapping[str, Any]) -> torch.device:
     """Where a run with this ``trainer`` section trains: the GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() and not trainer.get("use_cpu") else "cpu")
+    return chosen_device("cpu" if trainer.get("use_cpu") else None)
 
 
 def mixed_precision(trainer: Mapping[str, Any], device: torch.device) -> AbstractContextManager[object]:

@@ -22,7 +22,11 @@ class TrainingError(InlayError, RuntimeError):
 
 class LossTrainer(ResumableTrainer):
     """A ``Trainer`` whose evaluation is the loss and nothing else: its models give no logits to gather. What its
-    checkpoints hold is loaded by ``_load_from_checkpoint`` alone."""
+    checkpoints hold is loaded by ``_load_from_checkpoint`` alone.
+
+    Several processes evaluate each row once: accelerate fills the last batches up with rows from the beginning, which
+    are taken out before the model sees them.
+    """
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(best_checkpoint(self.state, self.args)))
@@ -35,8 +39,29 @@ class LossTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The loss of an evaluation batch."""
+        inputs = self._without_repeated(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _rows_to_count(self) -> tuple[int, int]:
+        """Rows of the evaluation batch at hand that no other process and no earlier batch has, and rows in all."""
+        loader = self.accelerator.gradient_state.active_dataloader
+        processes = self.accelerator.num_processes
+        rows = loader.total_batch_size // processes
+        if not loader.end_of_dataloader or loader.remainder <= 0:
+            return rows, rows
+        own = min(max(loader.remainder - rows * self.accelerator.process_index, 0), rows)
+        return own, own if processes == 1 else rows
+
+    def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch without rows that only fill it up; one that holds nothing else stays, and is not counted."""
+        own, rows = self._rows_to_count()
+        if own in (0, rows):
+            return inputs
+        loader = self.accelerator.gradient_state.active_dataloader
+        first = len(loader.dataset) - loader.remainder + rows * self.accelerator.process_index
+        batch: dict[str, Any] = loader.collate_fn([loader.dataset[index] for index in range(first, first + own)])
+        return batch
 
 
 class LossPartsTrainer(LossTrainer):
@@ -74,7 +99,7 @@ class LossPartsTrainer(LossTrainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The loss of an evaluation batch, whose rows are counted."""
-        self._rows = find_batch_size(inputs) or 1
+        self._rows, _ = self._rows_to_count()
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def more_to_log(self, training: bool, means: Mapping[str, float]) -> dict[str, float]:

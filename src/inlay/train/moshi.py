@@ -22,6 +22,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from inlay.data.problems import DataError
+from inlay.devices import chosen_device
 from inlay.doctor.attribution import attribute_gradients
 from inlay.doctor.moshi_model import MoshiCausalLM
 from inlay.fastweight import Memory, attach
@@ -29,9 +30,9 @@ from inlay.moshi.checkpoint import load_finetuned
 from inlay.moshi.duplex import Moshi
 from inlay.moshi.lora import add_lora, embedding_parameters, lora_layers
 from inlay.moshi.model import MoshiForTraining
-from inlay.moshi.sequences import MoshiData, collate_sequences, load_sequences
+from inlay.moshi.sequences import MoshiData, collate_sequences
 from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
-from inlay.moshi.yarn import apply_yarn, yarn_of
+from inlay.moshi.yarn import apply_yarn
 from inlay.train.directory import (
     DONE,
     RECIPE,
@@ -46,7 +47,6 @@ from inlay.train.directory import (
 from inlay.train.monitor import monitor_on
 from inlay.train.moshi_recipe import MoshiRecipe, load_moshi_recipe
 from inlay.train.moshi_trainer import FINETUNED, MoshiTrainer
-from inlay.train.yaml_recipe import RecipeError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -106,7 +106,7 @@ def train_moshi(
     if not processes.is_main_process:
         console = Console(quiet=True)
     set_seed(recipe.seed)
-    data = load_sequences(recipe.data)
+    data = recipe.load_data()
     checkpoint = load_checkpoint(
         recipe.moshi_paths.hf_repo_id, device=arguments.device, dtype=DTYPES[recipe.param_dtype]
     )
@@ -196,11 +196,10 @@ def load_moshi_run(directory: Path, *, device: str | torch.device | None = None,
     """
     require_finished(directory)
     recipe = load_moshi_recipe(directory / RECIPE)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = load_checkpoint(recipe.moshi_paths.hf_repo_id, device=where, dtype=DTYPES[recipe.param_dtype])
+    checkpoint = load_checkpoint(
+        recipe.moshi_paths.hf_repo_id, device=chosen_device(device), dtype=DTYPES[recipe.param_dtype]
+    )
     lm, memory = load_finetuned(checkpoint, directory / FINETUNED, **overrides)
-    if recipe.yarn is not None and yarn_of(lm) is None:  # runs from before the window was saved with the weights
-        apply_yarn(lm, recipe.yarn)
     return MoshiRun(directory, recipe, checkpoint, lm, memory)
 
 
@@ -238,7 +237,5 @@ def _longest(data: MoshiData, memory: Memory) -> int:
 def _model_line(lm: LMModel, memory: Memory | None) -> str:
     count = sum(parameter.numel() for parameter in lm.parameters())
     trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
-    if not trained:
-        raise RecipeError("nothing is trained: the mode leaves no parameter that requires a gradient")
     line = f"Moshi: {count:,} parameters, {trained:,} trained"
     return line if memory is None else f"{line}\n{memory}"

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from inlay.fastweight import FastWeightConfig
 from inlay.moshi.interleave import FRAME_RATE
 from inlay.moshi.lora import LoraConfig
 from inlay.moshi.loss import LossConfig
-from inlay.moshi.sequences import SequenceConfig
+from inlay.moshi.sequences import MoshiData, SequenceConfig, frames_of, load_sequences
 from inlay.moshi.yarn import YarnConfig
 from inlay.train.kinds import refuse_other_kinds
 from inlay.train.recipe import DoctorSection
@@ -121,7 +121,6 @@ class MoshiRecipe(Section):
     """A longer attention window than the model was trained with."""
 
     data: SequenceConfig
-    """Its ``duration_sec`` and ``seed`` are the recipe's own."""
 
     duration_sec: float = Field(default=100.0, gt=0, le=2560)
     """Seconds of a training sequence; 2,560 are 32,000 frames."""
@@ -183,25 +182,6 @@ class MoshiRecipe(Section):
     evaluate: MoshiEvaluateSection = MoshiEvaluateSection()
     doctor: DoctorSection = DoctorSection(frame_rate=FRAME_RATE)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _data_take_what_the_recipe_says(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict) or not isinstance(raw.get("data"), dict):
-            return raw
-        own = {key: raw.get(key, cls.model_fields[key].default) for key in ("duration_sec", "seed")}
-        for key, value in own.items():
-            if key in raw["data"] and raw["data"][key] != value:
-                raise ValueError(f"data.{key} is the recipe's own {key}; set that one")
-        short = {} if "min_sec" in raw["data"] else {"min_sec": min(10.0, _number(own["duration_sec"]))}
-        return raw | {"data": short | raw["data"] | own}
-
-    @field_serializer("data", mode="wrap")
-    def _data_leave_out_what_the_recipe_says(
-        self, data: SequenceConfig, dump: SerializerFunctionWrapHandler
-    ) -> dict[str, Any]:
-        """So that a run's own recipe can be given again with another ``duration_sec``."""
-        return {key: value for key, value in dump(data).items() if key not in ("duration_sec", "seed")}
-
     @field_validator("trainer")
     @classmethod
     def _trainer_takes_these(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -214,6 +194,8 @@ class MoshiRecipe(Section):
     def _sections_agree(self) -> MoshiRecipe:
         if self.optim.muon is not None and "optim" in self.trainer:
             raise ValueError("optim.muon trains what it does not with AdamW; take optim out of trainer, or muon out")
+        if self.data.min_sec is not None and self.data.min_sec > self.duration_sec:
+            raise ValueError(f"data.min_sec {self.data.min_sec} is longer than duration_sec {self.duration_sec}")
         if self.memory is None and self.mode not in ("lora", "all"):
             raise ValueError(f"mode is {self.mode!r} but there is no memory; without one use mode: lora or all")
         if self.memory is not None and self.mode == "lora":
@@ -229,6 +211,15 @@ class MoshiRecipe(Section):
         """What must be as it was: which optimizer trains what, too, as its state would not fit."""
         groups = {f"optim.{name}": getattr(self.optim, name) is None for name in ("muon", "memory_lr")}
         return super().kept_when_resumed() | groups
+
+    @property
+    def frames(self) -> int:
+        """T, frames of a full sequence."""
+        return frames_of(self.duration_sec)
+
+    def load_data(self) -> MoshiData:
+        """The run's sequences, as :func:`~inlay.moshi.sequences.load_sequences` opens them."""
+        return load_sequences(self.data, duration_sec=self.duration_sec, seed=self.seed)
 
     @property
     def loss(self) -> LossConfig:
@@ -270,7 +261,3 @@ def load_moshi_recipe(path: str | Path, overrides: Sequence[str] = ()) -> MoshiR
     """
     refuse_other_kinds(path, "moshi")
     return read_recipe(MoshiRecipe, path, overrides)
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else 10.0

@@ -9,7 +9,6 @@ from pathlib import Path
 from inlay.evaluate.moshi import MoshiEvaluation, evaluate_moshi
 from inlay.evaluate.scoring import Progress
 from inlay.moshi.model import MoshiForTraining
-from inlay.moshi.sequences import load_sequences
 from inlay.report import Code, Headline, Report, Section, training_curves, write_report
 from inlay.report.provenance import provenance
 from inlay.train.directory import METRICS, RECIPE
@@ -72,7 +71,7 @@ def evaluate_moshi_run(
         DataError: The run's data cannot be read.
     """
     run = load_moshi_run(directory, device=device)
-    data = load_sequences(run.recipe.data)
+    data = run.recipe.load_data()
     refuse_other_codes(data, run.checkpoint)
     task = MoshiForTraining(run.lm, run.recipe.loss)
     try:

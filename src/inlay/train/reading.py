@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, set_seed
 
 from inlay.data import QAConfig, load_qa
 from inlay.data.tokenizer import load_pretrained_tokenizer
+from inlay.devices import chosen_device
 from inlay.fastweight import FastWeightConfig, Memory, Session, attach, attach_pretrained
 from inlay.softtoken.layout import PromptLayout
 from inlay.softtoken.objectives import read
@@ -289,7 +290,7 @@ def load_reading_run(directory: Path, *, device: str | torch.device | None = Non
         decoder = PeftModel.from_pretrained(base, str(directory / ADAPTER), is_trainable=True)
     memory = attach_pretrained(decoder, directory / MEMORY)
     memory.train_only("memory+lora" if recipe.lora is not None else "memory")
-    decoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    decoder.to(chosen_device(device)).eval()
     task = ReadingTask(decoder, memory, recipe.layout.bind(tokenizer))
     return ReadingRun(directory, recipe, task.eval(), count_trained(task))
 

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from inlay.data import Data, PackedStream, PackingStatistics, PretrainedTokenizer, RecallConfig, TextConfig, load_data
+from inlay.devices import chosen_device
 from inlay.doctor.attribution import attribute_gradients
 from inlay.fastweight import Memory, attach, attach_pretrained
 from inlay.train.directory import (
@@ -175,7 +176,7 @@ def load_run(directory: str | Path, *, device: str | torch.device | None = None)
     if (directory / ADAPTER).is_dir():
         model = PeftModel.from_pretrained(model, str(directory / ADAPTER))
     memory = attach_pretrained(model, directory / MEMORY) if recipe.memory is not None else None
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    model.to(chosen_device(device)).eval()
     return Run(directory, recipe, model, memory)
 
 

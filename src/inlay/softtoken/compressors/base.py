@@ -158,22 +158,31 @@ class Compressor(nn.Module, Generic[C]):
         Raises:
             CompressorError: As :meth:`compress`.
         """
+        ratio, slots = self.budget(ratio, slots)
+        if ratio is not None:
+            segments = divide_by_ratio(tokens, ratio, self.config.segment_tokens)
+        else:
+            assert slots is not None
+            segments = divide_by_slots(tokens, slots, self.config.segment_tokens)
+        self._check_room(tokens, segments)
+        return segments
+
+    def budget(self, ratio: int | None, slots: int | None) -> tuple[int | None, int | None]:
+        """What a call asks for: a ratio or a number of slots, the other being None; with neither, the configuration's.
+
+        Raises:
+            CompressorError: Both are given, the ratio is not allowed, or there would be no slot.
+        """
         config = self.config
         if ratio is not None and slots is not None:
             raise CompressorError(f"ratio={ratio} and slots={slots} are two ways to say one thing; give one of them")
         if ratio is None and slots is None:
-            ratio, slots = (None, config.slots) if config.slots is not None else (config.ratios[0], None)
+            return (None, config.slots) if config.slots is not None else (config.ratios[0], None)
         if slots is not None and slots < 1:
             raise CompressorError(f"a memory has at least one slot; got slots={slots}")
         if ratio is not None and ratio not in config.ratios:
             raise CompressorError(f"ratio {ratio} is not among the compressor's: config.ratios is {config.ratios}")
-        if ratio is not None:
-            segments = divide_by_ratio(tokens, ratio, config.segment_tokens)
-        else:
-            assert slots is not None
-            segments = divide_by_slots(tokens, slots, config.segment_tokens)
-        self._check_room(tokens, segments)
-        return segments
+        return ratio, slots
 
     def _check_room(self, tokens: int, segments: Sequence[Segment]) -> None:
         most = max(segment.slots for segment in segments)

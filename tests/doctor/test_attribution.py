@@ -206,7 +206,7 @@ def test_steps_of_unequal_size_do_not_decide_the_cause() -> None:
     assert found(usual) == {"gradient.weak": Severity.WARNING}
     assert usual.remedy is trial(usual, "boundary", "carry")
     assert "dominant cause is boundary: with carry it is 2.25 times as large" in usual.sentence
-    carried = attribution_of(batch=batch, eta=3e-4, init={"normal": 0.02}, boundary="carry")
+    carried = attribution_of(batch=batch, eta=3e-4, init={"normal": 0.01}, boundary="carry", normalize_target=True)
     assert carried.remedy is None
     assert carried.sentence.endswith(
         "nothing that was tried but a larger init or η, to which it is in proportion, makes it more than twice as large"
@@ -216,35 +216,44 @@ def test_steps_of_unequal_size_do_not_decide_the_cause() -> None:
     assert "dominant cause is η, which it is in proportion to and which is 100 times below the usual" in tiny.sentence
 
 
-def test_what_raises_the_gradient_and_is_not_advised_is_not_called_nothing() -> None:
-    """A fresh memory of an untrained Qwen3, whose embeddings are small: reading ahead raises its gradient 5-fold."""
+def fresh_qwen3(last_norm: float = 1.0, **changes: Any) -> Attribution:
+    """Of a fresh memory of an untrained Qwen3, whose embeddings are small; ``last_norm`` scales all gradients."""
     torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=True,
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(vocab_size=64, tie_word_embeddings=True, **size, **heads)
     )
-    model = transformers.Qwen3ForCausalLM(config)
-    memory = inlay.attach(model, inlay.FastWeightConfig(init="zero", chunk_size=64))
+    torch.nn.init.constant_(model.model.norm.weight, last_norm)
+    memory = inlay.attach(model, inlay.FastWeightConfig(init="zero", chunk_size=64, **changes))
     ids = torch.randint(0, 64, (2, 128))
-    attribution = attribute_gradients(memory, model, {"input_ids": ids, "labels": ids})
+    return attribute_gradients(memory, model, {"input_ids": ids, "labels": ids})
+
+
+def test_small_embeddings_are_told_to_be_normalized() -> None:
+    attribution = fresh_qwen3()
+    assert found(attribution) == {"gradient.vanishing": Severity.FATAL}
+    normalized = trial(attribution, "target", "normalized")
+    assert attribution.remedy is normalized
+    assert normalized.ratio == pytest.approx(50, rel=0.1)  # their RMS is 0.02
+    assert attribution.findings()[0].fix == "set memory.normalize_target: true"
+    assert not any("as it should be" in item.body for item in attribution.section().items[1:])
+    assert found(fresh_qwen3(normalize_target=True)) == {}
+
+
+def test_what_raises_the_gradient_and_is_not_advised_is_not_called_nothing() -> None:
+    """Reading ahead raises it 5-fold."""
+    attribution = fresh_qwen3(last_norm=0.01, normalize_target=True)
     assert found(attribution) == {"gradient.vanishing": Severity.FATAL}
     ahead = trial(attribution, "exposure", "1").ratio
     assert ahead is not None
     assert ahead > 2
+    assert attribution.remedy is None
+    assert "good" not in attribution.section().items[0].verdicts
     assert attribution.sentence.endswith(
         "nothing that was tried but a larger init or η, to which it is in proportion, and exposure, which reads ahead, "
         "makes it more than twice as large"
     )
-    assert attribution.remedy is None
-    section = attribution.section()
-    assert "good" not in section.items[0].verdicts
-    assert not any("as it should be" in item.body for item in section.items[1:])
 
 
 def test_a_gradient_that_is_no_number_is_fatal() -> None:

@@ -65,6 +65,7 @@ CHANGES = {
     ("exposure", "0.5"): {"exposure": 0.5},
     ("exposure", "1"): {"exposure": 1.0},
     ("boundary", "carry"): {"boundary": "carry"},
+    ("target", "normalized"): {"normalize_target": True},
     ("clip", "on"): {"max_update_norm": 1e-5},
     ("init", "×100"): {"init": {"normal": 50.0}},
     ("init", "÷100"): {"init": {"normal": 0.005}},

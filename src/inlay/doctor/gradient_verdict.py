@@ -15,7 +15,8 @@
 
 The dominant cause of zero, vanishing or weak is the remedy that raises the memory's gradient most, and more than
 twofold. A larger η or init raises any gradient in proportion, so each counts for no more than it lies below its usual
-value (η 3e-4, std 1e-2), and only if its trial did raise it. Exposure is measured and never advised: it leaks labels.
+value (η 3e-4, std 1e-2), and only if its trial did raise it. So does a target of RMS 1, where embeddings are smaller:
+it is advised if nothing else is. Exposure is measured and never advised: it leaks labels.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 
 from inlay.doctor.findings import Finding, Severity
 from inlay.doctor.gradients import GradientNorms
-from inlay.doctor.trials import BOUNDARY, CLIP, ETA, EXPOSURE, INIT, SEQUENCE, Trial, ratio, times
+from inlay.doctor.trials import BOUNDARY, CLIP, ETA, EXPOSURE, INIT, SEQUENCE, TARGET, Trial, ratio, times
 from inlay.fastweight import FastWeightConfig
 from inlay.report.numbers import short
 
@@ -91,9 +92,13 @@ def size_of(norms: GradientNorms) -> str:
 
 
 def dominant_cause(trials: Sequence[Trial]) -> Trial | None:
-    """The remedy that raises the memory's gradient most, if any raises it more than twofold."""
-    raising = [(trial.gain, trial.norms.memory, trial) for trial in trials if trial.norms and trial.gain > RAISES]
-    return max(raising, key=lambda candidate: candidate[:2])[2] if raising else None
+    """The remedy that raises the memory's gradient most, if any does more than twofold; the target's scale last."""
+    raising = [trial for trial in trials if trial.norms and trial.gain > RAISES]
+    return max(raising, key=_rank) if raising else None
+
+
+def _rank(trial: Trial) -> tuple[bool, float, float]:
+    return trial.factor != TARGET, trial.gain, trial.norms.memory if trial.norms else 0.0
 
 
 def judge(

@@ -27,7 +27,7 @@ USUAL_STD = 1e-2
 """Of ``init: {normal: …}``."""
 
 CLIP, INIT, ETA, CHUNK_SIZE = "clip", "init", "η", "chunk size"
-SEQUENCE, EXPOSURE, BOUNDARY = "sequence length", "exposure", "boundary"
+SEQUENCE, EXPOSURE, BOUNDARY, TARGET = "sequence length", "exposure", "boundary", "target"
 LARGER_INIT = INIT, "×100"
 
 Batch = Mapping[str, Tensor]
@@ -39,7 +39,7 @@ class Trial:
 
     Attributes:
         factor: What was changed: ``clip``, ``init``, ``η``, ``chunk size``, ``sequence length``, ``exposure``,
-            ``boundary``.
+            ``boundary``, ``target``.
         setting: What it was changed to.
         norms: What was measured; None where the change could not be made.
         ratio: The memory's gradient as a multiple of the recipe's own; infinite where that is zero and this is not,
@@ -124,6 +124,7 @@ def plan_trials(
         *(Plan(SEQUENCE, name, batch=batch) for name, batch in (lengths or {}).items()),
         *(Plan(EXPOSURE, f"{a:g}", changes={"exposure": a}) for a in (0.0, 0.5, 1.0) if a != config.exposure),
         _boundary(config),
+        _target(config),
     ]
 
 
@@ -211,3 +212,10 @@ def _boundary(config: FastWeightConfig) -> Plan:
         return Plan(BOUNDARY, "reset", changes={"boundary": "reset"})
     fix = "set memory.boundary: carry if neighbours in a sequence belong together"
     return Plan(BOUNDARY, "carry", fix, {"boundary": "carry"})
+
+
+def _target(config: FastWeightConfig) -> Plan:
+    """Embeddings are often far below an RMS of 1, and the update with them."""
+    if config.normalize_target:
+        return Plan(TARGET, "not normalized", changes={"normalize_target": False})
+    return Plan(TARGET, "normalized", "set memory.normalize_target: true", {"normalize_target": True})

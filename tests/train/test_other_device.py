@@ -80,7 +80,7 @@ def test_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With gradient checkpointing, evaluation and checkpoints."""
 
     def run(directory: Path, use_cpu: bool) -> None:
-        train(text_recipe(trainer={**TRAINER, "activation_checkpointing": True, "use_cpu": use_cpu}), directory)
+        train(text_recipe(trainer={**TRAINER, "gradient_checkpointing": True, "use_cpu": use_cpu}), directory)
 
     assert_the_same(run, tmp_path, monkeypatch)
 

@@ -118,21 +118,28 @@ def test_of_two_writers_the_last_to_end_stays_and_neither_sees_the_other(tmp_pat
     assert contents(tmp_path) == {"a": "slow"}
 
 
+def left(name: str, process: int, machine: str | None = None) -> str:
+    """The name of what a process leaves when it is killed while it writes ``name``."""
+    return f".{name}.{machine or files._machine()}-{process}.00aa.tmp"
+
+
 @posix
 def test_what_a_killed_process_left_goes_with_the_next_write_of_the_same_path(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    alive, same = os.getppid(), os.getpid()  # a container's processes have the same number each time it starts
+    alive, same = os.getppid(), os.getpid()  # numbers come again
     for process in (ended.pid, alive, same):
         for name in ("a", "b", "a.b"):
-            (tmp_path / f".{name}.{process}.00aa.tmp").mkdir()
+            (tmp_path / left(name, process)).mkdir()
     (tmp_path / ".a.tmp").touch()
+    elsewhere = left("a", ended.pid, "0123abcd")  # of another machine, where the process may live
+    (tmp_path / elsewhere).mkdir()
     write_whole(tmp_path / "a", "")
-    theirs = {f".{name}.{alive}.00aa.tmp" for name in ("a", "b", "a.b")}
-    others = {f".{name}.{process}.00aa.tmp" for name in ("b", "a.b") for process in (ended.pid, same)}
-    assert contents(tmp_path).keys() == {"a", ".a.tmp"} | theirs | others
+    stay = {"a", ".a.tmp", elsewhere, *(left(name, alive) for name in ("a", "b", "a.b"))}
+    others = {left(name, process) for name in ("b", "a.b") for process in (ended.pid, same)}
+    assert contents(tmp_path).keys() == stay | others
     remove_abandoned(tmp_path)
-    assert contents(tmp_path).keys() == {"a", ".a.tmp"} | theirs
+    assert contents(tmp_path).keys() == stay
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:
@@ -176,8 +183,7 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
         (folder / "half").write_text("")
         raise OSError("no space left")
 
-    left = tmp_path / "cache" / f".one.{2**22 + 1}.0.tmp"  # of a process that was killed: there is no such number
-    left.mkdir(parents=True)
+    (tmp_path / "cache" / left("one", 2**22 + 1)).mkdir(parents=True)  # there is no such process
     with pytest.raises(OSError, match="no space left"):
         write_folder(tmp_path / "cache" / "one", fails)
     assert not list((tmp_path / "cache").iterdir())

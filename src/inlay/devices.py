@@ -11,7 +11,7 @@ def chosen_device(device: str | torch.device | None = None) -> torch.device:
     """Where a command or a loaded run computes: where it was told to, else on the GPU if there is one.
 
     Raises:
-        InlayError: There is no such device.
+        InlayError: PyTorch knows no such device, or it is a GPU and CUDA is not available.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,11 +13,14 @@ followed.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from secrets import token_hex
 
@@ -92,6 +95,7 @@ def write_folder(folder: Path, save: Callable[[Path], object], is_whole: Callabl
         for file in new.rglob("*"):
             if file.is_file():
                 file.chmod(mode & 0o777)
+                _flush(file)
         if not is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -99,11 +103,12 @@ def write_folder(folder: Path, save: Callable[[Path], object], is_whole: Callabl
         except OSError:
             if not is_whole(folder):  # otherwise another process was first
                 raise
+        _flush_names(folder.parent)
 
 
 def remove_abandoned(folder: Path, name: str | None = None) -> None:
     """Remove from ``folder`` what killed processes of this machine left there of writing ``name``, or any file."""
-    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.(\d+)\.\w+\.tmp")
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.{_machine()}-(\d+)\.\w+\.tmp")
     with suppress(OSError):  # a folder may be written to and not listed
         for entry in os.listdir(folder):
             found = pattern.fullmatch(entry)
@@ -116,7 +121,7 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside ``path``, gone afterwards. An OSError of the block names ``path`` in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path.parent, path.name)
-    prefix = f".{path.name}.{os.getpid()}."
+    prefix = f".{path.name}.{_machine()}-{os.getpid()}."
     folder = path.with_name(f"{prefix}{token_hex(4)}.tmp")
     _in_use.add(folder.name)
     try:
@@ -152,8 +157,13 @@ def _move(folder: Path, last: Path, mode: int) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         new.replace(target)
     for parent in {target.parent for _, target in moves}:
-        with suppress(OSError):  # some network file systems cannot
-            _flush(parent)  # so that the new names outlive a power cut
+        _flush_names(parent)
+
+
+def _flush_names(folder: Path) -> None:
+    """Let what was renamed in a folder outlive a power cut."""
+    with suppress(OSError):  # some network file systems cannot
+        _flush(folder)
 
 
 def _flush(path: Path) -> None:
@@ -165,6 +175,14 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@cache
+def _machine() -> str:
+    """Whose process numbers are meant: of this machine, and of this container on it."""
+    container = Path("/proc/self/ns/pid")
+    numbers = os.readlink(container) if container.is_symlink() else ""
+    return hashlib.sha256(f"{platform.node()} {numbers}".encode()).hexdigest()[:8]
 
 
 def _is_of_another(process: int) -> bool:

@@ -75,6 +75,24 @@ def test_outputs_and_gradients_are_those_of_the_whole_rows(case: str, exposure: 
     work_in(len(lengths), work)
 
 
+def test_a_rank_may_have_no_token() -> None:
+    z, v = torch.randn(1, 8, 4), torch.randn(1, 8, 3)
+    weight = torch.randn(3, 4)
+    settings: dict[str, Any] = {"eta": 1.0, "chunk_size": 4}
+    expected, _ = fast_weight_linear_reference(z, v, weight, **settings)
+    lengths = [4, 0, 4]
+
+    def work(rank: int) -> None:
+        for ids in (None, torch.zeros(1, lengths[rank], dtype=torch.long)):
+            own = (part(x, lengths, rank) for x in (z, v))
+            out = fast_weight_linear_parallel(*own, weight, documents=ids, **settings)
+            assert out.shape == (1, lengths[rank], 3)
+            if lengths[rank]:
+                assert_close(out, part(expected, lengths, rank), 1e-5, f"rank {rank}")
+
+    work_in(3, work)
+
+
 def test_a_border_within_a_chunk_is_refused_by_every_rank() -> None:
     def work(rank: int) -> None:
         z, v = torch.randn(1, 6, 4), torch.randn(1, 6, 3)
@@ -148,8 +166,15 @@ def test_what_context_parallelism_cannot_do_is_refused() -> None:
         with memory.context_parallel():
             with pytest.raises(StateError, match="use_cache=False"):
                 model.eval()(input_ids=ids)
-            with pytest.raises(ValueError, match="document_ids"):
-                model(input_ids=ids, position_ids=packed, use_cache=False)
+            # A document that begins within a part, on one rank alone, and exactly where the other's part ends.
+            count_on = torch.arange(8).unsqueeze(0) + 8 * rank
+            for positions in (packed, packed if rank else count_on, torch.arange(8).unsqueeze(0)):
+                with pytest.raises(ValueError, match="document_ids"):
+                    model(input_ids=ids, position_ids=positions, use_cache=False)
+            model(input_ids=ids, position_ids=count_on, use_cache=False)
+            left = torch.tensor([[0] * 4 + [1] * 4 if rank == 0 else [1] * 8])  # padding has no position
+            counted = torch.tensor([[1] * 4 + [*range(4)] if rank == 0 else [*range(4, 12)]])
+            model(input_ids=ids, position_ids=counted, attention_mask=left, use_cache=False)
         model(input_ids=ids, position_ids=packed)
 
     work_in(2, work)

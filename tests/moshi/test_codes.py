@@ -22,6 +22,7 @@ from safetensors import safe_open
 from inlay.data.audio import Word
 from inlay.data.audio_reader import blocks
 from inlay.data.problems import DataError
+from inlay.files import _machine
 from inlay.moshi import encode
 from inlay.moshi.codes import mimi_codes
 from inlay.moshi.codes_store import CodesStore
@@ -209,7 +210,7 @@ def test_killed_again_and_again_it_goes_on_without_loss_or_duplicates(
             CodesStore(out)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.safetensors")}
     assert len(before) >= kills[-1]
-    (out / f".shard-00099.safetensors.{os.getpid()}.00aa.tmp").mkdir()
+    (out / f".shard-00099.safetensors.{_machine()}-{os.getpid()}.00aa.tmp").mkdir()
     summary = encode_data(str(data), out, checkpoint, shard_frames=40)
     assert (summary.files, summary.encoded) == (12, 12 - len(before))
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}.items()

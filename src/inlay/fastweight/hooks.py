@@ -23,6 +23,7 @@ from inlay.fastweight.context import ContextHolder, ForwardContext, documents_of
 from inlay.fastweight.errors import MemoryGoneError
 from inlay.fastweight.families import Decoder, Site
 from inlay.fastweight.layer import FastWeightLinear, capture_mlp_input
+from inlay.fastweight.parallel import refuse_unnamed_documents
 from inlay.fastweight.stepping import StepSource
 from inlay.fastweight.streaming import MemoryState, StateError, ride, state_of
 
@@ -212,22 +213,20 @@ class ForwardHooks:
                 f"the session was made for {rows} rows, this call has {batch}: make it with "
                 f"memory.session(batch_size={batch}), or repeat its rows with session.select"
             )
-        mask = given.get("attention_mask")
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        mask = mask if _is_padding_mask(mask) else context.attention_mask
+        if context.parallel is not None:
+            self._refuse_unnamed(context, tokens, mask, positions)
         context.documents = documents_of(
             batch,
             length,
             explicit=context.explicit,
-            attention_mask=mask if _is_padding_mask(mask) else context.attention_mask,
-            position_ids=given.get("position_ids"),
+            attention_mask=mask,
+            position_ids=positions,
             carry=self._config.boundary == "carry",
             device=tokens.device,
             before=context.state.document if context.state is not None else self._begun(batch, tokens.device),
         )
-        if context.parallel is not None and context.explicit is None and _is_packed(context.documents):
-            raise ValueError(
-                "position_ids say that a row holds several documents, but not which of them go on from rank to rank: "
-                "pass document_ids too"
-            )
         if context.state is not None:
             if context.state.layers:
                 self._plan_state(context, context.state)
@@ -241,6 +240,15 @@ class ForwardHooks:
                 "memory writes is never read in them, so it gets no gradient. Use longer sequences or smaller chunks",
                 stacklevel=2,
             )
+
+    def _refuse_unnamed(self, context: ForwardContext, tokens: Tensor, mask: Tensor | None, positions: Any) -> None:
+        """On all ranks, whatever each was given: whoever asks the others alone waits for ever."""
+        named = context.explicit is not None or self._config.boundary == "carry"
+        given = positions if isinstance(positions, Tensor) and positions.dim() == 2 and not named else None
+        real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        if mask is not None:
+            real &= mask[:, -tokens.shape[1] :].to(tokens.device).bool()
+        refuse_unnamed_documents(given, real, context.parallel)
 
     def _begun(self, batch: int, device: torch.device) -> Tensor | None:
         """The document that each row may go on with where the tokens before are on another rank; None on one alone."""
@@ -328,10 +336,6 @@ def _counts(context: ForwardContext, rows: int) -> Tensor:
     if some:
         chunks = chunks + torch.stack(some).sum(0).cpu()
     return torch.stack([tokens, chunks], 1)
-
-
-def _is_packed(documents: Tensor | None) -> bool:
-    return documents is not None and bool((documents > 0).any())
 
 
 def _is_padding_mask(mask: object) -> bool:

@@ -102,7 +102,7 @@ def part_layout(
     Raises:
         ValueError: On every rank: a document goes on from one rank to the next within a chunk.
     """
-    first, last = _gathered(_ends(documents, batch, device), group).unbind(-1)
+    first, last = _gathered(_ends(documents, batch, tokens, device), group).unbind(-1)
     before = [torch.full((batch,), NO_DOCUMENT, dtype=torch.long, device=device)]
     for ends in last:
         named = torch.where(ends == NO_DOCUMENT, before[-1], ends)
@@ -123,6 +123,39 @@ def part_layout(
             )
         open_tokens = torch.where(begins == NO_DOCUMENT, open_tokens, phases[rank])
     return layout
+
+
+def refuse_unnamed_documents(positions: Tensor | None, real: Tensor, group: dist.ProcessGroup | None) -> None:
+    """See that ``position_ids`` count on through a row, within a part and from part to part.
+
+    Where they do not a document begins, and only ids can say which one goes on.
+
+    Args:
+        positions: ``[B, T]`` or ``[1, T]`` of this part; None where there are none, or where ids are given.
+        real: ``[B, T]`` bool, False on padding.
+        group: Of processes, all of which call this.
+
+    Raises:
+        ValueError: On every rank: they begin anew somewhere.
+    """
+    first, last, begins = torch.full((3, len(real)), -1, dtype=torch.long, device=real.device)
+    if positions is not None and real.shape[1]:
+        held = positions.to(real.device).expand_as(real)
+        places = torch.arange(real.shape[1], device=real.device)
+        at = torch.where(real, places, -1)
+        before = F.pad(at.cummax(1).values, (1, 0), value=-1)[:, :-1]
+        follows = (held == held.gather(1, before.clamp(min=0)) + 1) | (before < 0) | ~real
+        ends = torch.stack([torch.where(real, places, real.shape[1] - 1).amin(1), at.amax(1).clamp(min=0)], 1)
+        first, last = torch.where(real.any(1, keepdim=True), held.gather(1, ends), -1).unbind(1)
+        begins = (~follows.all(1)).long()
+    before = torch.full_like(first, -1)
+    for rank_first, rank_last, rank_begins in _gathered(torch.stack([first, last, begins]), group):
+        if bool(((rank_begins > 0) | ((before >= 0) & (rank_first >= 0) & (rank_first != before + 1))).any()):
+            raise ValueError(
+                "position_ids begin anew within a row, which holds several documents then, but only ids say which of "
+                "them go on from rank to rank: pass document_ids too"
+            )
+        before = torch.where(rank_last >= 0, rank_last, before)
 
 
 def sum_before(z: Tensor, v: Tensor, layout: ChunkLayout, group: dist.ProcessGroup | None) -> Tensor:
@@ -203,8 +236,10 @@ def _by_chunk(z: Tensor, v: Tensor, chunks: Tensor, chunk_size: int) -> list[tup
     return list(zip(torch.split(z, chunk_size, 1), torch.split(v, chunk_size, 1), counts, strict=True))
 
 
-def _ends(documents: Tensor | None, batch: int, device: torch.device) -> Tensor:
+def _ends(documents: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
     """``[B, 2]`` first and last id of each row; −1 where there is none."""
+    if tokens == 0:
+        return torch.full((batch, 2), NO_DOCUMENT, dtype=torch.long, device=device)
     if documents is None:
         return torch.full((batch, 2), _GOES_ON, dtype=torch.long, device=device)
     real = documents >= 0

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import find_batch_size
 
@@ -43,10 +44,13 @@ class LossTrainer(ResumableTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
-    def _rows_to_count(self) -> tuple[int, int]:
+    def _rows_to_count(self, inputs: dict[str, Any]) -> tuple[int, int]:
         """Rows of the evaluation batch at hand that no other process and no earlier batch has, and rows in all."""
         loader = self.accelerator.gradient_state.active_dataloader
         processes = self.accelerator.num_processes
+        if not isinstance(loader, DataLoaderShard):  # one process reads for all (dispatch_batches)
+            rows = find_batch_size(inputs) or 1
+            return rows, rows
         rows = loader.total_batch_size // processes
         if not loader.end_of_dataloader or loader.remainder <= 0:
             return rows, rows
@@ -55,7 +59,7 @@ class LossTrainer(ResumableTrainer):
 
     def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch without rows that only fill it up; one that holds nothing else stays, and is not counted."""
-        own, rows = self._rows_to_count()
+        own, rows = self._rows_to_count(inputs)
         if own in (0, rows):
             return inputs
         loader = self.accelerator.gradient_state.active_dataloader
@@ -99,7 +103,7 @@ class LossPartsTrainer(LossTrainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The loss of an evaluation batch, whose rows are counted."""
-        self._rows, _ = self._rows_to_count()
+        self._rows, _ = self._rows_to_count(inputs)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def more_to_log(self, training: bool, means: Mapping[str, float]) -> dict[str, float]:

@@ -69,6 +69,7 @@ def test_an_unknown_key_in_a_list_is_named_with_its_neighbour() -> None:
         ({"pretraining": {"max_steps": 1, "trainer": {"max_steps": 2}}}, "max_steps is the section's own"),
         ({"pretraining": {"max_steps": 1, "trainer": {"learning_rat": 2}}}, "did you mean 'learning_rate'"),
         ({"trainer": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor has no effect"),
+        ({"trainer": {"accelerator_config": {"dispatch_batches": True}}}, "batches cannot be cut"),
         (
             {"pretraining": {"max_steps": 1, "trainer": {"label_smoothing_factor": 0.1}}},
             "pretraining.trainer: label_smoothing_factor has no effect",

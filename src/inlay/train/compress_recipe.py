@@ -312,6 +312,12 @@ def check_compress_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
             "label_smoothing_factor has no effect: it is for a loss that the Trainer computes from a model's logits, "
             "and here the run computes its own; take it out"
         )
+    accelerator = arguments.get("accelerator_config")
+    if isinstance(accelerator, dict) and (accelerator.get("dispatch_batches") or accelerator.get("split_batches")):
+        raise ValueError(
+            "accelerator_config: batches cannot be cut for several processes, as they hold several questions about one "
+            "context; take dispatch_batches and split_batches out"
+        )
     return check_trainer(arguments)
 
 

@@ -214,19 +214,18 @@ class ForwardHooks:
                 f"memory.session(batch_size={batch}), or repeat its rows with session.select"
             )
         mask, positions = given.get("attention_mask"), given.get("position_ids")
-        mask = mask if _is_padding_mask(mask) else context.attention_mask
-        if context.parallel is not None:
-            self._refuse_unnamed(context, tokens, mask, positions)
         context.documents = documents_of(
             batch,
             length,
             explicit=context.explicit,
-            attention_mask=mask,
+            attention_mask=mask if _is_padding_mask(mask) else context.attention_mask,
             position_ids=positions,
             carry=self._config.boundary == "carry",
             device=tokens.device,
             before=context.state.document if context.state is not None else self._begun(batch, tokens.device),
         )
+        if context.parallel is not None:
+            self._refuse_unnamed(context, tokens, positions)
         if context.state is not None:
             if context.state.layers:
                 self._plan_state(context, context.state)
@@ -241,14 +240,15 @@ class ForwardHooks:
                 stacklevel=2,
             )
 
-    def _refuse_unnamed(self, context: ForwardContext, tokens: Tensor, mask: Tensor | None, positions: Any) -> None:
+    def _refuse_unnamed(self, context: ForwardContext, tokens: Tensor, positions: Any) -> None:
         """On all ranks, whatever each was given: whoever asks the others alone waits for ever."""
         named = context.explicit is not None or self._config.boundary == "carry"
-        given = positions if isinstance(positions, Tensor) and positions.dim() == 2 and not named else None
-        real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        if mask is not None:
-            real &= mask[:, -tokens.shape[1] :].to(tokens.device).bool()
-        refuse_unnamed_documents(given, real, context.parallel)
+        told = isinstance(positions, Tensor) and positions.dim() == 2 and not named
+        shape = tokens.shape[:2]
+        none = torch.full(shape, -1, dtype=torch.long, device=tokens.device)
+        documents = torch.zeros_like(none) if context.documents is None else context.documents
+        held = positions.to(tokens.device).expand(shape) if told else none
+        refuse_unnamed_documents(held, documents if told else none, context.parallel)
 
     def _begun(self, batch: int, device: torch.device) -> Tensor | None:
         """The document that each row may go on with where the tokens before are on another rank; None on one alone."""

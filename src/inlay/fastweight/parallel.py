@@ -125,37 +125,30 @@ def part_layout(
     return layout
 
 
-def refuse_unnamed_documents(positions: Tensor | None, real: Tensor, group: dist.ProcessGroup | None) -> None:
+def refuse_unnamed_documents(positions: Tensor, documents: Tensor, group: dist.ProcessGroup | None) -> None:
     """See that ``position_ids`` count on through a row, within a part and from part to part.
 
     Where they do not a document begins, and only ids can say which one goes on.
 
     Args:
-        positions: ``[B, T]`` or ``[1, T]`` of this part; None where there are none, or where ids are given.
-        real: ``[B, T]`` bool, False on padding.
+        positions: ``[B, T]`` of this part; −1 where there is none, or where ids are given.
+        documents: ``[B, T]`` as the positions tell them apart within the part, from 0 on; −1 for padding.
         group: Of processes, all of which call this.
 
     Raises:
         ValueError: On every rank: they begin anew somewhere.
     """
-    first, last, begins = torch.full((3, len(real)), -1, dtype=torch.long, device=real.device)
-    if positions is not None and real.shape[1]:
-        held = positions.to(real.device).expand_as(real)
-        places = torch.arange(real.shape[1], device=real.device)
-        at = torch.where(real, places, -1)
-        before = F.pad(at.cummax(1).values, (1, 0), value=-1)[:, :-1]
-        follows = (held == held.gather(1, before.clamp(min=0)) + 1) | (before < 0) | ~real
-        ends = torch.stack([torch.where(real, places, real.shape[1] - 1).amin(1), at.amax(1).clamp(min=0)], 1)
-        first, last = torch.where(real.any(1, keepdim=True), held.gather(1, ends), -1).unbind(1)
-        begins = (~follows.all(1)).long()
-    before = torch.full_like(first, -1)
-    for rank_first, rank_last, rank_begins in _gathered(torch.stack([first, last, begins]), group):
-        if bool(((rank_begins > 0) | ((before >= 0) & (rank_first >= 0) & (rank_first != before + 1))).any()):
+    batch, tokens = positions.shape
+    ends = _ends(positions.masked_fill(documents < 0, -1), batch, tokens, positions.device)
+    begins = (documents > 0).any(1, keepdim=True).long()
+    before = torch.full_like(begins[:, 0], -1)
+    for first, last, anew in _gathered(torch.cat([ends, begins], 1).T, group):
+        if bool(((anew > 0) | ((before >= 0) & (first >= 0) & (first != before + 1))).any()):
             raise ValueError(
                 "position_ids begin anew within a row, which holds several documents then, but only ids say which of "
                 "them go on from rank to rank: pass document_ids too"
             )
-        before = torch.where(rank_last >= 0, rank_last, before)
+        before = torch.where(last >= 0, last, before)
 
 
 def sum_before(z: Tensor, v: Tensor, layout: ChunkLayout, group: dist.ProcessGroup | None) -> Tensor:

@@ -168,7 +168,8 @@ def test_what_context_parallelism_cannot_do_is_refused() -> None:
                 model.eval()(input_ids=ids)
             # A document that begins within a part, on one rank alone, and exactly where the other's part ends.
             count_on = torch.arange(8).unsqueeze(0) + 8 * rank
-            for positions in (packed, packed if rank else count_on, torch.arange(8).unsqueeze(0)):
+            goes_on = torch.arange(4, 12).unsqueeze(0) if rank else packed
+            for positions in (packed, packed if rank else count_on, goes_on, torch.arange(8).unsqueeze(0)):
                 with pytest.raises(ValueError, match="document_ids"):
                     model(input_ids=ids, position_ids=positions, use_cache=False)
             model(input_ids=ids, position_ids=count_on, use_cache=False)

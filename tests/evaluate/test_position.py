@@ -137,9 +137,9 @@ def test_the_difference_is_paired_and_refuses_other_sequences() -> None:
     a, b = loss_by_position(llama(0), data), loss_by_position(llama(1), data)
     gap = difference(a, b)
     assert gap.mean.mean == pytest.approx(a.mean - b.mean)
-    per_sequence = (a.sequence_sums - b.sequence_sums) / a.sequence_counts
+    per_document = (a.document_sums - b.document_sums) / a.document_counts
     for quarter, interval in enumerate(gap.quarters):
-        values = per_sequence[:, quarter]
+        values = per_document[:, quarter]
         half = 2.5706 * values.std(ddof=1) / np.sqrt(6)  # Student's t, 5 degrees of freedom
         assert interval.mean == pytest.approx(values.mean())
         assert interval.half == pytest.approx(half, rel=1e-4)
@@ -151,6 +151,38 @@ def test_the_difference_is_paired_and_refuses_other_sequences() -> None:
         difference(a, other)
     with pytest.raises(EvaluationError, match="different sequences"):
         difference(a, loss_by_position(llama(0), data, max_sequences=5))
+
+
+@pytest.mark.parametrize("packing", ["cut", "concatenate"])
+def test_intervals_are_from_the_spread_between_documents_whichever_sequences_they_fill(packing: str) -> None:
+    texts = documents(40, 7, 25, 16)
+    data = packed(texts, 16, packing)
+    losses = [loss_by_position(llama(seed), data, batch_size=3) for seed in (0, 1)]
+    by_hand: list[list[float]] = [[0.0] * len(texts) for _ in losses]
+    tokens = [0] * len(texts)
+    for row in data:
+        for piece, name in enumerate(row["document_names"]):
+            ids = row["input_ids"][row["document_ids"] == piece].tolist()
+            tokens[int(name)] += len(ids) - 1
+            if len(ids) > 1:
+                for seed, sums in enumerate(by_hand):
+                    sums[int(name)] += sum(bits_by_hand(llama(seed), ids))
+    for loss, sums in zip(losses, by_hand, strict=True):
+        assert loss.document_sums.sum(1) == pytest.approx(sums, rel=1e-4)
+        assert loss.document_counts.sum(1).tolist() == tokens
+        assert (loss.documents, loss.sequences) == (4, len(data))
+    gap = np.subtract(*by_hand)
+    mean = gap.sum() / sum(tokens)
+    error = np.sqrt(4 / 3 * np.square(gap - mean * np.array(tokens)).sum()) / sum(tokens)
+    assert difference(*losses).mean.half == pytest.approx(3.1824 * error, rel=1e-3)  # Student's t, 3 degrees of freedom
+
+
+def test_rows_without_names_are_documents_of_their_own() -> None:
+    data = packed(documents(20, 12), 16, "concatenate")
+    unnamed = [{name: row[name] for name in row if name != "document_names"} for row in data]
+    assert [len(row["document_names"]) for row in data] == [1, 2]
+    assert loss_by_position(llama(), data).documents == 2
+    assert loss_by_position(llama(), unnamed).documents == 3
 
 
 def test_buckets_hold_every_label_once() -> None:

@@ -90,8 +90,11 @@ def test_figures_are_those_of_a_count_token_by_token(
             assert getattr(loss, part).counts.sum() == count > 0
             assert getattr(loss, part).bits == pytest.approx(bits / count, rel=1e-5)
         assert loss.position.sums == pytest.approx(by_position[number], rel=1e-4, abs=1e-4)
-        assert loss.position.sequence_sums.sum() == pytest.approx(by_position[number].sum(), rel=1e-5)
+        assert loss.position.document_sums.sum() == pytest.approx(by_position[number].sum(), rel=1e-5)
         assert loss.nats == pytest.approx(weighted[name][0] / weighted[name][1], rel=1e-5)
+        files = {(piece.store, piece.entry) for row in data.rows for piece in row}
+        assert loss.position.documents == len(loss.returned.sums) == len(files)
+        assert loss.position.sequences == len(data) != len(files)
 
 
 def test_a_second_evaluation_gives_the_same_figures(toy: MoshiCheckpoint, store: Path) -> None:

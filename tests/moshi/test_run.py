@@ -163,6 +163,18 @@ class TestFile:
         with pytest.raises(RunError, match="ears only listens"):
             Moshi(listener, moshi.mimi, moshi.text_tokenizer, "ears")
 
+    def test_a_tokenizer_that_does_not_know_all_text_tokens_is_refused(
+        self, moshi: Moshi, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(moshi.lm, "text_card", 32_000)
+        known = moshi.text_tokenizer.get_piece_size()
+        with pytest.raises(RunError, match=f"speaks 32,000 text tokens, its tokenizer knows {known:,}"):
+            Moshi(moshi.lm, moshi.mimi, moshi.text_tokenizer)
+
+    def test_weights_are_not_widened(self, checkpoint: Path) -> None:
+        """Kyutai's 7B are 15 GB in bfloat16: in float32 they do not fit where these do."""
+        assert {p.dtype for p in load_moshi(checkpoint).lm.parameters()} == {torch.bfloat16}
+
 
 class TestSession:
     @pytest.mark.parametrize("kind", KINDS)

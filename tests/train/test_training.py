@@ -395,6 +395,15 @@ def test_a_model_that_cannot_be_is_named_before_there_is_a_run(
     assert not (tmp_path / "run").exists()
 
 
+def test_bfloat16_without_a_gpu_has_to_be_asked_for(tmp_path: Path) -> None:
+    bf16 = {"max_steps": 1, "bf16": True, "use_cpu": False}
+    if torch.accelerator.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RecipeError, match=r"no GPU here; to train on the CPU as it is: trainer\.use_cpu=true"):
+        train(recipe(trainer=bf16), tmp_path / "run")
+    train(recipe(trainer=bf16 | {"use_cpu": True}), tmp_path / "run")
+
+
 def test_a_streamed_data_set_needs_steps_and_chunks_that_can_be_read(tmp_path: Path) -> None:
     texts = Dataset.from_dict({"text": [f"{n} abcdefgh" * 40 for n in range(40)]})
     texts.to_parquet(str(tmp_path / "data" / "train.parquet"))

@@ -1,4 +1,4 @@
-"""95 % intervals, from the spread between sequences: tokens of one sequence are no independent measurements."""
+"""95 % intervals, from the spread between documents or sequences: tokens of one are no independent measurements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Interval:
 
     Attributes:
         mean: The estimate; NaN if nothing was measured.
-        low: Lower end; NaN with fewer than two sequences.
+        low: Lower end; NaN with fewer than two groups.
         high: Upper end, likewise.
     """
 
@@ -38,27 +38,28 @@ class Interval:
 
 
 def paired_interval(differences: Floats, counts: Integers) -> Interval:
-    """The difference per token between two evaluations of the same sequences, with its paired t-interval.
+    """The difference per token between two evaluations of the same text, with its paired t-interval.
 
     Args:
-        differences: ``[sequences]`` sum over each sequence's tokens of one evaluation minus the other.
-        counts: ``[sequences]`` tokens in each. The mean is Σ differences / Σ counts, so a sequence weighs as its
-            tokens; with equal counts the interval is the ordinary paired t-interval of the sequences' means.
+        differences: ``[G]`` sum over the tokens of each group (a document, a sequence) of one evaluation minus the
+            other.
+        counts: ``[G]`` tokens in each. The mean is Σ differences / Σ counts, so a group weighs as its tokens; with
+            equal counts the interval is the ordinary paired t-interval of the groups' means.
 
     Raises:
         EvaluationError: The two have different lengths.
     """
     if differences.shape != counts.shape:
-        raise EvaluationError(f"{len(differences)} differences for {len(counts)} sequences")
+        raise EvaluationError(f"{len(differences)} differences for {len(counts)} groups")
     used = counts > 0
     differences, counts = differences[used], counts[used]
-    sequences, tokens = len(counts), int(counts.sum())
+    groups, tokens = len(counts), int(counts.sum())
     mean = float(differences.sum() / tokens) if tokens else float("nan")
-    if sequences < 2:
+    if groups < 2:
         return Interval(mean, float("nan"), float("nan"))
     residuals = differences - mean * counts
-    error = np.sqrt(sequences / (sequences - 1) * np.square(residuals).sum()) / tokens
-    half = float(student(sequences - 1) * error)
+    error = np.sqrt(groups / (groups - 1) * np.square(residuals).sum()) / tokens
+    half = float(student(groups - 1) * error)
     return Interval(mean, mean - half, mean + half)
 
 

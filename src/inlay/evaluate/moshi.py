@@ -11,15 +11,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import rich.table
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from inlay.evaluate.by_document import DocumentSums
 from inlay.evaluate.intervals import Interval, paired_interval
 from inlay.evaluate.position import MEMORY, NO_STEP, QUARTERS, PositionLoss, with_and_without_memory
 from inlay.evaluate.results import Evaluation
@@ -40,11 +41,11 @@ STREAMS = ("text", "audio")
 
 @dataclass(frozen=True, eq=False)
 class SpanLoss:
-    """Cross-entropy on some of the tokens of each of S sequences.
+    """Cross-entropy on some of the tokens of each of D conversations.
 
     Attributes:
-        sums: ``[S]`` bits.
-        counts: ``[S]`` tokens.
+        sums: ``[D]`` bits.
+        counts: ``[D]`` tokens.
     """
 
     sums: Floats
@@ -113,7 +114,7 @@ def measure_moshi(
     chosen = choose(len(data), max_sequences)
     length = max(sum(piece.frames for piece in data.rows[index]) for index in chosen)
     gathered = {name: _Gathered(length) for name in STREAMS}
-    digest = hashlib.sha256()
+    digest, done = hashlib.sha256(), 0
     where = next(lm.parameters()).device
     with evaluating(task):
         for batch in batches(
@@ -129,9 +130,25 @@ def measure_moshi(
                 spoken[:, 0] &= steps.targets[:, 0] != padding
             for row, real in zip(batch["codes"], batch["documents"] >= 0, strict=True):  # whatever the batch pads
                 digest.update(row[:, real].cpu().numpy().tobytes())
+            rows = [data.rows[index] for index in chosen[done : done + len(batch["codes"])]]
+            files = [[(piece.store, piece.entry) for piece in row] for row in rows]
+            where_from = _WhereFrom(batch["documents"].cpu().numpy(), files)
             for name, at in zip(STREAMS, (slice(0, 1), slice(1, None)), strict=True):
-                gathered[name].add(result.nats[:, at], spoken[:, at], returned[:, at], weights[:, at])
-    return {name: one.finish(digest.hexdigest()[:16]) for name, one in gathered.items()}
+                gathered[name].add(result.nats[:, at], spoken[:, at], returned[:, at], weights[:, at], where_from)
+            done += len(rows)
+    return {name: one.finish(done, digest.hexdigest()[:16]) for name, one in gathered.items()}
+
+
+class _WhereFrom(NamedTuple):
+    """Where a batch's frames are from.
+
+    Attributes:
+        documents: ``[B, T]`` the piece of its row; −1 on padding.
+        files: For each row what tells the conversation of each piece.
+    """
+
+    documents: Integers
+    files: list[list[tuple[int, int]]]
 
 
 class _Gathered:
@@ -140,33 +157,36 @@ class _Gathered:
     def __init__(self, length: int) -> None:
         self.length = length
         self.sums, self.counts = np.zeros(length), np.zeros(length, np.int64)
-        self.rows: dict[str, list[np.ndarray]] = {name: [] for name in ("quarters", "used", "spans", "tokens")}
+        self.quarters, self.spans = DocumentSums(QUARTERS), DocumentSums(2)
         self.weighted = self.weight = 0.0
 
-    def add(self, nats: Tensor, spoken: Tensor, returned: Tensor, weights: Tensor) -> None:
-        """All ``[B, streams, T]``."""
+    def add(self, nats: Tensor, spoken: Tensor, returned: Tensor, weights: Tensor, where_from: _WhereFrom) -> None:
+        """All tensors ``[B, streams, T]``."""
         nats = nats.double()
         self.weighted += float((nats * weights).sum())
         self.weight += float(weights.double().sum())
-        bits = (nats / np.log(2)) * spoken
-        per_step, used = (x.double().sum(1).cpu().numpy() for x in (bits, spoken))
-        frames = per_step.shape[1]
-        self.sums[:frames] += per_step.sum(0)
-        self.counts[:frames] += used.sum(0).astype(np.int64)
-        edges = [-(-self.length * quarter // QUARTERS) for quarter in range(QUARTERS + 1)]
-        for name, values in (("quarters", per_step), ("used", used)):
-            parts = [values[:, low:high].sum(1) for low, high in pairwise(edges)]
-            self.rows[name].append(np.stack(parts, 1))
-        for name, of in (("spans", bits), ("tokens", spoken)):
-            split = [(of * part).double().sum((1, 2)).cpu().numpy() for part in (returned, ~returned)]
-            self.rows[name].append(np.stack(split, 1))
+        bits = ((nats / np.log(2)) * spoken).cpu().numpy()
+        used = spoken.cpu().numpy()
+        frames = bits.shape[2]
+        self.sums[:frames] += bits.sum((0, 1))
+        self.counts[:frames] += used.sum((0, 1))
+        documents = _flat(where_from.documents[:, None], bits.shape)
+        quarter = _flat(np.arange(frames) * QUARTERS // self.length, bits.shape)
+        span = (~returned).long().cpu().numpy()
+        for sums, part in ((self.quarters, quarter), (self.spans, _flat(span, bits.shape))):
+            sums.add(_flat(bits, bits.shape), _flat(used, bits.shape), part, documents, where_from.files)
 
-    def finish(self, fingerprint: str) -> StreamLoss:
+    def finish(self, sequences: int, fingerprint: str) -> StreamLoss:
         """The losses."""
-        rows = {name: np.concatenate(parts) for name, parts in self.rows.items()}
-        position = PositionLoss(self.sums, self.counts, rows["quarters"], rows["used"].astype(np.int64), fingerprint)
-        returned, other = (SpanLoss(rows["spans"][:, i], rows["tokens"][:, i].astype(np.int64)) for i in (0, 1))
+        quarters, spans = self.quarters, self.spans
+        position = PositionLoss(self.sums, self.counts, quarters.sums, quarters.counts, sequences, fingerprint)
+        returned, other = (SpanLoss(spans.sums[:, i], spans.counts[:, i]) for i in (0, 1))
         return StreamLoss(position, returned, other, self.weighted / self.weight if self.weight else float("nan"))
+
+
+def _flat(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """``[B, streams * T]`` of what broadcasts to ``[B, streams, T]``."""
+    return np.broadcast_to(values, shape).reshape(shape[0], -1)
 
 
 def _at_steps(delays: list[int], frames: Tensor, steps: Steps) -> Tensor:

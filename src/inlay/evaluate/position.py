@@ -1,9 +1,13 @@
-"""Loss by position: a memory that works makes the later tokens of a sequence cheaper."""
+"""Loss by position: a memory that works makes the later tokens of a sequence cheaper.
+
+Long documents fill several sequences each, which are no independent measurements: intervals are from the spread between
+documents.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -11,7 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from inlay.data.packing import NAMES_COLUMN
 from inlay.data.packing import collate as default_collate
+from inlay.evaluate.by_document import DocumentSums
 from inlay.evaluate.intervals import Interval, paired_interval
 from inlay.evaluate.scoring import (
     Collate,
@@ -52,20 +58,22 @@ class Buckets(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PositionLoss:
-    """Cross-entropy by position, over S sequences of T positions.
+    """Cross-entropy by position, over sequences of T positions that hold D documents.
 
     Attributes:
         sums: ``[T]`` bits of all labels at each position.
         counts: ``[T]`` labels at each position; none at 0, which nothing predicts.
-        sequence_sums: ``[S, 4]`` bits of each sequence in each quarter of the positions.
-        sequence_counts: ``[S, 4]`` labels in them.
+        document_sums: ``[D, 4]`` bits of each document, wherever it lies, in each quarter of the positions.
+        document_counts: ``[D, 4]`` labels in them.
+        sequences: How many there are.
         fingerprint: Stands for the sequences; the same only for the same ones in the same order.
     """
 
     sums: Floats
     counts: Integers
-    sequence_sums: Floats
-    sequence_counts: Integers
+    document_sums: Floats
+    document_counts: Integers
+    sequences: int
     fingerprint: str
 
     @property
@@ -89,9 +97,9 @@ class PositionLoss:
         return int(self.counts.sum())
 
     @property
-    def sequences(self) -> int:
-        """Sequences S."""
-        return len(self.sequence_sums)
+    def documents(self) -> int:
+        """Documents D that have a label."""
+        return int((self.document_counts.sum(1) > 0).sum())
 
     def quarters(self) -> Floats:
         """``[4]`` bits per token in each quarter of the positions."""
@@ -115,6 +123,7 @@ class PositionLoss:
             "bits_per_token": self.mean,
             "quarters": self.quarters().tolist(),
             "sequences": self.sequences,
+            "documents": self.documents,
             "tokens": self.tokens,
             "positions": stretches.positions.tolist(),
             "bits": stretches.bits.tolist(),
@@ -151,7 +160,8 @@ def loss_by_position(
     Args:
         model: A causal LM that takes ``input_ids`` and gives logits ``[B, T, vocabulary]`` or an object that has them
             as ``logits``; evaluated in its own dtype and in eval mode.
-        dataset: Rows with ``input_ids`` and ``labels`` (not shifted; −100 is ignored), all of one length T.
+        dataset: Rows with ``input_ids`` and ``labels`` (not shifted; −100 is ignored), all of one length T. Those with
+            the same one of the ``document_names`` are of one document; without names each row's are its own.
         collate: Makes a batch of rows.
         batch_size: Sequences in a batch B.
         device: Where the model is; by default its first parameter's.
@@ -167,7 +177,7 @@ def loss_by_position(
     chosen = choose(len(dataset), max_sequences)
     digest = hashlib.sha256()
     sums = counts = None
-    sequence_sums, sequence_counts = [], []
+    by_document, done = DocumentSums(QUARTERS), 0
     with evaluating(model):
         for batch in batches(dataset, chosen, collate=collate, batch_size=batch_size, device=where, progress=progress):
             length = batch["labels"].shape[1]
@@ -183,30 +193,30 @@ def loss_by_position(
                 places = batch["position_ids"][:, 1:].cpu().numpy()
             sums += np.bincount(places[used], bits[used], minlength=length)
             counts += np.bincount(places[used], minlength=length)
-            quarter = _bucket(places, length, QUARTERS)
-            rows = np.arange(len(bits))[:, None] * QUARTERS + quarter
-            size = len(bits) * QUARTERS
-            sequence_sums.append(np.bincount(rows[used], bits[used], minlength=size).reshape(-1, QUARTERS))
-            sequence_counts.append(np.bincount(rows[used], minlength=size).reshape(-1, QUARTERS))
+            documents = batch["document_ids"][:, 1:].cpu().numpy() if "document_ids" in batch else 0 * places
+            rows = chosen[done : done + len(bits)]
+            names = [_document_names(dataset[index], index) for index in rows]
+            by_document.add(bits, used, _bucket(places, length, QUARTERS), documents, names)
+            done += len(bits)
     assert sums is not None
     assert counts is not None
     return PositionLoss(
-        sums, counts, np.concatenate(sequence_sums), np.concatenate(sequence_counts), digest.hexdigest()[:16]
+        sums, counts, by_document.sums, by_document.counts, len(chosen), fingerprint=digest.hexdigest()[:16]
     )
 
 
 def difference(a: PositionLoss, b: PositionLoss) -> LossDifference:
-    """Bits per token of ``a`` minus those of ``b``, with paired 95 % t-intervals over the sequences.
+    """Bits per token of ``a`` minus those of ``b``, with paired 95 % t-intervals over the documents.
 
     Raises:
         EvaluationError: They are not of the same sequences.
     """
-    if a.fingerprint != b.fingerprint or not np.array_equal(a.sequence_counts, b.sequence_counts):
+    if a.fingerprint != b.fingerprint or not np.array_equal(a.document_counts, b.document_counts):
         raise EvaluationError(
             "these losses are of different sequences, so their difference says nothing about the models. Evaluate both "
             "on one data set, with one tokenizer and the same max_sequences and position"
         )
-    gap, counts = a.sequence_sums - b.sequence_sums, a.sequence_counts
+    gap, counts = a.document_sums - b.document_sums, a.document_counts
     quarters = tuple(paired_interval(gap[:, q], counts[:, q]) for q in range(QUARTERS))
     return LossDifference(quarters, paired_interval(gap.sum(1), counts.sum(1)))
 
@@ -234,6 +244,14 @@ def with_and_without_memory(model: nn.Module, evaluate: Callable[[], Result]) ->
     with memory.disabled():
         results[NO_STEP] = evaluate()
     return results
+
+
+def _document_names(row: Any, index: int) -> list[Hashable]:
+    """A name for each document of row ``index``, told apart from all others'."""
+    if NAMES_COLUMN in row:
+        return list(row[NAMES_COLUMN])
+    documents = int(np.max(row["document_ids"])) + 1 if "document_ids" in row else 1
+    return [(index, document) for document in range(documents)]
 
 
 def _bucket(positions: Integers, length: int, n: int) -> Integers:

@@ -161,8 +161,8 @@ class Evaluation:
         columns = {name: [*map(_figure, loss.quarters()), _figure(loss.mean)] for name, loss in self.losses.items()}
         columns |= {f"gain of {name}": [*map(_gain, self._loss_gain(name))] for name in self._compared(self.losses)}
         first = next(iter(self.losses.values()))
-        note = self._gain_note(columns, "sequences")
-        caption = f"Bits per token, {first.tokens:,} tokens in {first.sequences:,} sequences{note}"
+        of = f"{first.tokens:,} tokens in {first.sequences:,} sequences of {first.documents:,} documents"
+        caption = f"Bits per token, {of}{self._gain_note(columns)}"
         return _by_column("", [*QUARTER_NAMES, "all"], columns, caption)
 
     def _context_grid(self) -> Table:
@@ -180,7 +180,7 @@ class Evaluation:
         caption = (
             f"Bits per token (perplexity) on the final {first.block:,} tokens of {first.pieces:,} pieces from "
             f"{first.documents:,} documents ({first.left_out:,} more too short), by tokens of context"
-            f"{self._gain_note(columns, 'documents')}"
+            f"{self._gain_note(columns)}"
         )
         return _by_column("context", [f"{context:,}" for context in first.contexts], columns, caption)
 
@@ -217,10 +217,10 @@ class Evaluation:
         assert self.baseline is not None
         return self.contexts[name].gain(self.contexts[self.baseline])
 
-    def _gain_note(self, columns: Mapping[str, object], between: str) -> str:
+    def _gain_note(self, columns: Mapping[str, object]) -> str:
         if not any(name.startswith("gain of ") for name in columns):
             return "."
-        return f"; gains are over “{self.baseline}”, ± half the 95 % interval, from the spread between {between}."
+        return f"; gains are over “{self.baseline}”, ± half the 95 % interval, from the spread between documents."
 
 
 def _by_column(corner: str, labels: Sequence[str], columns: Mapping[str, Sequence[str]], caption: str) -> Table:

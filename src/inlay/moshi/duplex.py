@@ -87,6 +87,11 @@ class Moshi:
             raise RunError(f"{who} only listens (its dep_q is 0): it has no voice to answer with")
         if is_conditioned(self.lm):
             raise RunError(f"{who} wants conditions (it has a fuser), which a conversation does not give")
+        pieces, tokens = self.text_tokenizer.get_piece_size(), self.lm.text_card
+        if pieces < tokens:
+            raise RunError(
+                f"{who} speaks {tokens:,} text tokens, its tokenizer knows {pieces:,}: it is another model's"
+            )
 
     @property
     def frame_size(self) -> int:
@@ -194,7 +199,7 @@ def load_moshi(
     *,
     finetuned: str | Path | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Moshi:
     """A Moshi that talks, of a checkpoint and what was trained on top of it.
 
@@ -203,15 +208,13 @@ def load_moshi(
         finetuned: What :func:`~inlay.moshi.checkpoint.save_finetuned` wrote (adapters, memory), or
             ``Memory.save_pretrained`` (a memory alone); None for Moshi as it is.
         device: Where it runs.
-        dtype: Of the language model; None: bfloat16 on a GPU, float32 on a CPU.
+        dtype: Of the language model's weights. Kyutai's 7B are 15 GB in bfloat16, and twice that in float32.
 
     Raises:
         MoshiWeightsError: There is no such checkpoint.
         CheckpointError: What was trained is damaged or of another model.
         RunError: The model cannot hold a conversation.
     """
-    if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     checkpoint = load_checkpoint(source, device=device, dtype=dtype)
     if finetuned is None or not (Path(finetuned) / CONFIG_NAME).is_file():
         lm = checkpoint.lm

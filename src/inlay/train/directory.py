@@ -125,7 +125,9 @@ def training_arguments(directory: Path, seed: int, trainer: dict[str, Any]) -> T
             **(_DEFAULTS | {"dataloader_pin_memory": torch.cuda.is_available()} | trainer),
         )
     except (ValueError, TypeError) as error:
-        raise RecipeError(f"trainer: {error}") from error
+        wants_gpu = "use_cpu" in str(error)
+        hint = " There is no GPU here; to train on the CPU as it is: trainer.use_cpu=true" if wants_gpu else ""
+        raise RecipeError(f"trainer: {error}{hint}") from error
     arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel splits neither these models nor what they are given
     return arguments
 

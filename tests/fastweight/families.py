@@ -171,7 +171,7 @@ class HomeMade(nn.Module):
 
     def forward(self, words: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Any:
         tokens = words.shape[1]
-        allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=words.device).tril().expand(words.shape[0], -1, -1)
+        allowed = torch.ones(words.shape[0], tokens, tokens, dtype=torch.bool, device=words.device).tril()
         if attention_mask is not None:
             allowed = allowed & attention_mask.bool().unsqueeze(1)
         if position_ids is not None and attention_mask is None:

@@ -26,6 +26,7 @@ from inlay.data import collate
 from inlay.data.packing import Piece, fill_row
 from inlay.doctor.dry_run import TrainingStep, dry_run
 from inlay.fastweight import FastWeightConfig, attach
+from inlay.sliced_loss import slice_loss
 
 MIB = 2**20
 
@@ -59,6 +60,7 @@ def measured_bytes(config: PreTrainedConfig, memory: FastWeightConfig, step: Tra
 
 def _measure(config: PreTrainedConfig, memory: FastWeightConfig, step: TrainingStep, device: torch.device) -> int:
     model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, step.dtype)).to(device).train()
+    slice_loss(model)
     if step.gradient_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if step.lora is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.measure import extra_bytes
 from benchmarks.plan import batch_of, measured_bytes
-from inlay import FastWeightConfig, attach
+from inlay import FastWeightConfig, attach, sliced_loss
 from inlay.doctor import dry_run as dry_run_module
 from inlay.doctor.dry_run import PlanError, TrainingStep, dry_run
 from inlay.doctor.findings import Severity
@@ -190,6 +190,21 @@ def test_walking_a_few_chunks_is_as_good_as_walking_all(monkeypatch: pytest.Monk
     few = dry_run(SMALL, memory, step)
     monkeypatch.setattr(dry_run_module, "_CHUNKS", 10**6)
     assert dry_run(SMALL, memory, step) == few
+
+
+@pytest.mark.parametrize("changes", [{}, {"mode": "memory", "autocast": "bfloat16", "gradient_checkpointing": True}])
+def test_the_logits_of_a_large_vocabulary_are_planned_in_slices(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured, with the loss in slices, walked in two of them and in all."""
+    config, step = architecture(vocab_size=4000), replace(STEP, tokens=512, **changes)
+    whole = dry_run(config, MEMORY, step).peak.total
+    monkeypatch.setattr(sliced_loss, "LOGITS_AT_ONCE", 2 * 4000 * 64)
+    few = dry_run(config, MEMORY, step)
+    assert few.peak.total == pytest.approx(measured_bytes(config, MEMORY, step, torch.device("cpu")), rel=0.02)
+    assert few.peak.total < (0.75 if "mode" in changes else 0.95) * whole
+    monkeypatch.setattr(sliced_loss, "_MADE", 10**6)
+    assert dry_run(config, MEMORY, step) == few
 
 
 def test_a_dry_run_touches_neither_the_model_nor_the_random_state() -> None:

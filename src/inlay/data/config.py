@@ -121,7 +121,8 @@ class TextConfig(_Config):
     """Close every document with the tokenizer's end-of-sequence token."""
 
     tokenizer: TokenizerConfig
-    """How text becomes tokens, told apart by `kind`: `pretrained`, `bpe` or `bytes`."""
+    """How text becomes tokens, told apart by `kind`: `pretrained`, `bpe` or `bytes`. A recipe with `model.name_or_path`
+    takes that model's when none is given."""
 
     @property
     def min_piece_tokens(self) -> int:

@@ -1,8 +1,8 @@
 """One training step without memory or time: the model itself runs, on tensors that have shapes but no numbers.
 
 What is built is what the run would build (the architecture from its config, LoRA adapters, the memory, the optimizer),
-and what runs is what transformers' ``Trainer`` runs: forward, backward, clipping, optimizer step. The step is one in
-the middle of a run: the optimizer has its states already, gradients are made anew.
+and what runs is what ``inlay train`` runs: forward, with the loss in slices, backward, clipping, optimizer step. It is a
+step in the middle of a run: the optimizer has its states already, gradients are made anew.
 
 It runs as on the CPU, also when a step on CUDA is asked for: no CUDA is needed to plan for one. Where CUDA's kernels
 need more, ``_hidden_on_cuda`` adds it.
@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from inlay.doctor.plan_allocations import Allocations, Moment, Scope
 from inlay.fastweight import FastWeightConfig, InlayError, Memory, TrainMode, attach
 from inlay.fastweight.layer import FastWeightLinear
+from inlay.sliced_loss import slice_loss
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw", "adamw_torch", "sgd"]
@@ -166,6 +167,7 @@ class CausalLm:
             else:
                 base = AutoModelForCausalLM.from_config(self.source, dtype=dtype)
             base.train()
+            slice_loss(base, stand_in=Skipped.apply)
             if step.gradient_checkpointing:
                 getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
             if step.lora is None:
@@ -203,6 +205,26 @@ class CausalLm:
             output = convert_to_fp32(output)
         loss: Tensor = output.loss
         return loss
+
+
+class Skipped(torch.autograd.Function):
+    """In place of a slice's logits: what it leaves behind, nats and on the way back the gradient of its hidden states.
+
+    Of many slices a dry run makes the first ones alone. The others need the same memory, and the backward comes to the
+    first ones last, when most is held.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Zeros of the shape of ``targets``."""
+        ctx.save_for_backward(hidden)
+        return torch.zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Something of the shape of ``hidden``."""
+        (hidden,) = ctx.saved_tensors
+        return torch.empty_like(hidden), None
 
 
 def _watch(memory: Memory, plain: bool, allocations: Allocations) -> tuple[tuple[int, int], ...]:

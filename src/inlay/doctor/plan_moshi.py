@@ -20,7 +20,7 @@ from moshi.models import loaders
 from moshi.models.lm import LMModel
 from torch import Tensor, nn
 
-from inlay.doctor.dry_run import PlanError, TrainingStep
+from inlay.doctor.dry_run import PlanError, Skipped, TrainingStep
 from inlay.doctor.plan import OPTIMIZERS, Progress, plan_step
 from inlay.doctor.plan_report import RecipePlan
 from inlay.fastweight import FastWeightConfig, Memory
@@ -223,21 +223,7 @@ def _few_slices() -> SliceNats:
         made += 1
         if made <= _SLICES:
             return recomputed_nats(lm, hidden, said, targets)
-        nats: Tensor = _Skipped.apply(hidden, targets)  # type: ignore[no-untyped-call]
+        nats: Tensor = Skipped.apply(hidden, targets)  # type: ignore[no-untyped-call]
         return nats
 
     return slice_nats
-
-
-class _Skipped(torch.autograd.Function):
-    """What a slice leaves behind: its nats, and on the way back the gradient of its hidden states."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden)
-        return torch.zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (hidden,) = ctx.saved_tensors
-        return torch.empty_like(hidden), None

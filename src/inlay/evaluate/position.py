@@ -31,8 +31,7 @@ from inlay.evaluate.scoring import (
     device_of,
     divide,
     evaluating,
-    logits_of,
-    token_bits,
+    label_bits,
 )
 from inlay.fastweight import find_memory
 
@@ -185,7 +184,7 @@ def loss_by_position(
                 sums, counts = np.zeros(length), np.zeros(length, dtype=np.int64)
             if length != len(sums):
                 raise EvaluationError(f"sequences of {len(sums)} and of {length} tokens; all should have one length")
-            bits, used = token_bits(logits_of(model, batch), batch["labels"])
+            bits, used = label_bits(model, batch)
             row_by_row = torch.stack([batch["input_ids"], batch["labels"]], dim=1)  # so that B does not matter
             digest.update(row_by_row.cpu().numpy().astype(np.int64).tobytes())
             places = np.broadcast_to(np.arange(1, length), bits.shape)

@@ -13,13 +13,13 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from inlay.data.packing import NO_LABEL
 from inlay.fastweight import InlayError, find_memory
 from inlay.fastweight.causal_lm import forward_arguments
+from inlay.sliced_loss import label_nats, nats_of
 
 Batch: TypeAlias = dict[str, Tensor]
 Collate: TypeAlias = Callable[[Sequence[Mapping[str, Any]]], Batch]
@@ -28,8 +28,6 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 Floats: TypeAlias = NDArray[np.float64]
 Integers: TypeAlias = NDArray[np.int64]
-
-_LOGITS_AT_ONCE = 2**25
 
 
 class EvaluationError(InlayError, ValueError):
@@ -100,6 +98,20 @@ def choose(available: int, most: int | None) -> list[int]:
 def logits_of(model: nn.Module, batch: Batch, *, last: int | None = None) -> Tensor:
     """The model's logits ``[B, T, vocabulary]``, or those of the ``last`` positions alone.
 
+    Raises:
+        EvaluationError: See :func:`forward_inputs`.
+    """
+    inputs = forward_inputs(model, batch)
+    if last is not None and "logits_to_keep" in forward_arguments(model):
+        inputs["logits_to_keep"] = last
+    output = model(**inputs)
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits if last is None else logits[:, -last:]
+
+
+def forward_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """What of a batch the model is called with to give logits.
+
     ``document_ids`` go to a model with a memory only, switched on or off: it is the memory that takes them out.
 
     Raises:
@@ -107,9 +119,8 @@ def logits_of(model: nn.Module, batch: Batch, *, last: int | None = None) -> Ten
             would cross their borders.
     """
     accepted = forward_arguments(model)
-    arguments: dict[str, Any] = {
-        name: batch[name] for name in ("attention_mask", "position_ids") if name in batch and name in accepted
-    }
+    names = ("input_ids", *(name for name in ("attention_mask", "position_ids") if name in accepted))
+    inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
     documents = batch.get("document_ids")
     if documents is not None:
         if "position_ids" not in accepted and bool((documents > 0).any()):
@@ -118,14 +129,15 @@ def logits_of(model: nn.Module, batch: Batch, *, last: int | None = None) -> Ten
                 "documents in a row; evaluate with packing: cut"
             )
         if find_memory(model) is not None:
-            arguments["document_ids"] = documents
+            inputs["document_ids"] = documents
     if "use_cache" in accepted:
-        arguments["use_cache"] = False
-    if last is not None and "logits_to_keep" in accepted:
-        arguments["logits_to_keep"] = last
-    output = model(input_ids=batch["input_ids"], **arguments)
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits if last is None else logits[:, -last:]
+        inputs["use_cache"] = False
+    return inputs
+
+
+def label_bits(model: nn.Module, batch: Batch) -> tuple[Floats, NDArray[np.bool_]]:
+    """:func:`token_bits` of a batch with labels, by a model that need not make all its logits at once."""
+    return _in_bits(label_nats(model, forward_inputs(model, batch), batch["labels"]), batch["labels"])
 
 
 def token_bits(logits: Tensor, labels: Tensor) -> tuple[Floats, NDArray[np.bool_]]:
@@ -139,20 +151,12 @@ def token_bits(logits: Tensor, labels: Tensor) -> tuple[Floats, NDArray[np.bool_
         Bits ``[B, T − 1]`` of the labels at positions 1 … T − 1, computed in float32, zero where there is none; and
         where there is one.
     """
-    wanted = labels[:, 1:]
-    step = max(1, _LOGITS_AT_ONCE // max(1, logits.shape[0] * logits.shape[2]))  # the float32 copy stays small
-    parts = [
-        F.cross_entropy(
-            logits[:, start : start + step][:, : wanted.shape[1] - start].float().flatten(0, 1),
-            wanted[:, start : start + step].flatten(),
-            ignore_index=NO_LABEL,
-            reduction="none",
-        ).view(labels.shape[0], -1)
-        for start in range(0, wanted.shape[1], step)
-    ]
-    nats = torch.cat(parts, dim=1) if parts else wanted.float()
+    return _in_bits(nats_of(logits, labels), labels)
+
+
+def _in_bits(nats: Tensor, labels: Tensor) -> tuple[Floats, NDArray[np.bool_]]:
     bits: Floats = nats.cpu().double().numpy() / math.log(2)
-    return bits, (wanted != NO_LABEL).cpu().numpy()
+    return bits, (labels[:, 1:] != NO_LABEL).cpu().numpy()
 
 
 def divide(sums: NDArray[Any], counts: NDArray[Any]) -> Floats:

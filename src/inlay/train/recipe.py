@@ -145,6 +145,14 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     doctor: DoctorSection = DoctorSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_pretrained_model_has_its_tokenizer(cls, raw: Any) -> Any:
+        match raw:
+            case {"model": {"name_or_path": str(name)}, "data": {"task": "text", **data}} if "tokenizer" not in data:
+                return raw | {"data": raw["data"] | {"tokenizer": {"kind": "pretrained", "name_or_path": name}}}
+        return raw
+
     @field_validator("trainer")
     @classmethod
     def _trainer_takes_these(cls, value: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from inlay.data import Data, PackedStream, PackingStatistics, PretrainedTokenize
 from inlay.devices import chosen_device
 from inlay.doctor.attribution import attribute_gradients
 from inlay.fastweight import Memory, attach, attach_pretrained
+from inlay.sliced_loss import slice_loss
 from inlay.train.directory import (
     DONE,
     RECIPE,
@@ -144,6 +145,7 @@ def build_model(recipe: Recipe, vocab_size: int) -> PreTrainedModel | PeftModel:
     if size < vocab_size:
         raise RecipeError(f"the model knows {size} tokens but the data has {vocab_size}: {fix}")
     _refuse_too_few_positions(model, recipe.data.sequence_length)
+    slice_loss(model)
     return with_lora(model, recipe.lora)
 
 
@@ -173,6 +175,7 @@ def load_run(directory: str | Path, *, device: str | torch.device | None = None)
     model: PreTrainedModel | PeftModel = load_causal_lm(
         directory / MODEL if own else str(recipe.model.name_or_path), recipe.model
     )
+    slice_loss(model)
     if (directory / ADAPTER).is_dir():
         model = PeftModel.from_pretrained(model, str(directory / ADAPTER))
     memory = attach_pretrained(model, directory / MEMORY) if recipe.memory is not None else None

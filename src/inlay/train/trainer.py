@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
@@ -18,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from inlay.data.packing import NO_LABEL
 from inlay.fastweight import Memory
 from inlay.files import write_whole
+from inlay.sliced_loss import label_nats, nats_of, whole_logits
 from inlay.train.monitor import PREFIX, MemoryMonitor
 from inlay.train.resuming import ResumableTrainer
 from inlay.train.weights import load_weights, save_weights
@@ -59,10 +59,11 @@ class InlayTrainer(ResumableTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss; document ids go to the memory, if there is one."""
-        inputs = {**inputs, "use_cache": False}
-        if self.memory is None:
-            inputs.pop("document_ids", None)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        return super().compute_loss(model, self._given(inputs), *args, **kwargs)
+
+    def _given(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        unused = set() if self.memory is not None else {"document_ids"}
+        return {name: value for name, value in inputs.items() if name not in unused} | {"use_cache": False}
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one microbatch, under the eyes of the monitor."""
@@ -81,13 +82,25 @@ class InlayTrainer(ResumableTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
-        """The Trainer's step of an evaluation, with nats and tokens of each row kept for the loss per token."""
-        loss, outputs, labels = super().prediction_step(model, inputs, False, ignore_keys)
-        if labels is not None:
-            logits = outputs[0] if isinstance(outputs, tuple) else outputs
-            # Row by row: gathered like this, rows that only fill up the last batch of several processes fall away.
-            self._scored.append(self.gather_function(row_nats(logits, labels)))
-        return (loss, None, None) if prediction_loss_only else (loss, outputs, labels)
+        """The Trainer's step of an evaluation, with nats and tokens of each row kept for the loss per token. Without
+        logits, unless somebody wants them.
+        """
+        if "labels" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss = outputs = None
+        if prediction_loss_only:
+            given = self._given(self._prepare_inputs(inputs))
+            labels = given.pop("labels")
+            with torch.no_grad(), self.compute_loss_context_manager():
+                nats = label_nats(model, given, labels)
+        else:
+            with whole_logits(model):
+                loss, outputs, labels = super().prediction_step(model, inputs, False, ignore_keys)
+            nats = nats_of(outputs[0] if isinstance(outputs, tuple) else outputs, labels)
+        tokens = (labels[:, 1:] != NO_LABEL).to(nats.device).sum(1)
+        # Row by row: gathered like this, rows that only fill up the last batch of several processes fall away.
+        self._scored.append(self.gather_function(torch.stack([nats.sum(1), tokens.float()], dim=1)))
+        return (nats.sum() / tokens.sum(), None, None) if loss is None else (loss, outputs, labels)
 
     def evaluation_loop(
         self,
@@ -207,24 +220,6 @@ class ProgressBar(ProgressCallback):
             names = ("loss", "eval_loss", "grad_norm", "learning_rate", PREFIX + "output_share")
             shown = {name: f"{logs[name]:.4g}" for name in names if name in logs}
             self.training_bar.set_postfix(shown)
-
-
-def row_nats(logits: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy of each row's labels given the logits one position before them, and how many they are.
-
-    Args:
-        logits: ``[B, T, vocabulary]``.
-        labels: ``[B, T]`` in transformers' convention: not shifted, −100 where nothing is predicted.
-
-    Returns:
-        ``[B, 2]`` float32: sum in nats, labels.
-    """
-    wanted = labels[:, 1:]
-    nats = [
-        F.cross_entropy(row[:-1].float(), own, ignore_index=NO_LABEL, reduction="sum")
-        for row, own in zip(logits, wanted, strict=True)  # so that the float32 copy is of one row
-    ]
-    return torch.stack([torch.stack(nats), (wanted != NO_LABEL).sum(1).float()], dim=1)
 
 
 def best_checkpoint(state: TrainerState, arguments: TrainingArguments) -> Path:

@@ -1,8 +1,8 @@
 """One training step without memory or time: the model itself runs, on tensors that have shapes but no numbers.
 
 What is built is what the run would build (the architecture from its config, LoRA adapters, the memory, the optimizer),
-and what runs is what ``inlay train`` runs: forward, with the loss in slices, backward, clipping, optimizer step. It is a
-step in the middle of a run: the optimizer has its states already, gradients are made anew.
+and what runs is what ``inlay train`` runs: forward, with the loss in slices, backward, clipping, optimizer step. The
+step is in the middle of a run: the optimizer has its states already, gradients are made anew.
 
 It runs as on the CPU, also when a step on CUDA is asked for: no CUDA is needed to plan for one. Where CUDA's kernels
 need more, ``_hidden_on_cuda`` adds it.

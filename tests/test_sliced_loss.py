@@ -25,6 +25,7 @@ from inlay.train import InlayTrainer
 from tests.closeness import assert_close
 from tests.evaluate.models import SIZES, VOCAB, llama
 from tests.fastweight.families import BY_NAME, MODELS, Model, enable_checkpointing
+from tests.processes import in_two_processes
 
 TOKENS = 22
 ROWS = 2
@@ -223,15 +224,15 @@ def rows(count: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row.where(torch.arange(TOKENS) < 22 - i, -100)} for i, row in enumerate(ids)]
 
 
-def trained(directory: Path, sliced: bool) -> tuple[list[float], Any, dict[str, Tensor]]:
+def trained(directory: Path, sliced: bool, batch_size: int = 2) -> tuple[list[float], Any, dict[str, Tensor]]:
     model = llama()
     if sliced:
         slice_loss(model)
     arguments = transformers.TrainingArguments(
         output_dir=str(directory),
         max_steps=3,
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=2,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
         gradient_accumulation_steps=2,
         learning_rate=1e-2,
         logging_steps=1,
@@ -257,6 +258,20 @@ def test_the_trainer_trains_evaluates_and_predicts_the_same(tmp_path: Path) -> N
     assert predicted.shape == expected.shape == (3, TOKENS, VOCAB)
     for name, weight in weights.items():
         assert_close(weight, others[name], 1e-3, name)
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    def each(rank: int) -> None:
+        monkeypatched = pytest.MonkeyPatch()
+        monkeypatched.setattr(sliced_loss, "LOGITS_AT_ONCE", 64 * 5)
+        _, _, weights = trained(tmp_path / str(rank), sliced=True, batch_size=1)
+        torch.save({name: weight.detach() for name, weight in weights.items()}, tmp_path / f"{rank}.pt")
+
+    in_two_processes(each)
+    _, _, alone = trained(tmp_path / "alone", sliced=False)
+    for rank in (0, 1):
+        for name, weight in torch.load(tmp_path / f"{rank}.pt").items():
+            assert_close(weight, alone[name], 1e-3, name)
 
 
 def test_loss_by_position_is_the_same() -> None:

@@ -15,12 +15,14 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
 
 from inlay.data.packing import NO_LABEL
 
@@ -35,19 +37,32 @@ LOGITS_AT_ONCE = 2**25
 StandIn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 _MADE = 2  # slices of a run without numbers: the gradient of a trained head is summed over them
-_NATS = "label_nats"
 _MARK = "_sliced_loss"
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SlicedOutput(ModelOutput):
+    """What a causal LM gives whose loss was made in slices.
+
+    Attributes:
+        loss: Mean cross-entropy in nats, as the model's own.
+        logits: None.
+        label_nats: ``[B, T − 1]`` float32, the cross-entropy of ``labels[:, 1:]``; 0 where nothing is predicted.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    label_nats: Tensor | None = None
 
 
 def slice_loss(model: nn.Module, *, stand_in: StandIn | None = None) -> bool:
     """Let a causal LM of transformers make its loss in slices, whenever it is called with ``labels`` and the logits of
     the whole batch would be more than :data:`LOGITS_AT_ONCE`.
 
-    Such a call's output has ``loss`` as before, ``label_nats`` ``[B, T − 1]`` (the cross-entropy of ``labels[:, 1:]``,
-    float32, 0 where the label is −100) and no ``logits``. All other calls are as they were. Whatever wraps the model
-    (PEFT, DDP, accelerate) may wrap it before or after.
+    Such a call gives a :class:`SlicedOutput`, with ``loss`` as before and no ``logits``. All other calls are as they
+    were. Whatever wraps the model (PEFT, DDP, accelerate) may wrap it before or after.
 
     Args:
         model: The model, or what wraps it.
@@ -80,8 +95,8 @@ def label_nats(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> T
     forward = _installed(model)
     if forward is not None and forward.slices(labels):
         output = model(**inputs, labels=labels)
-        if _NATS in output:
-            nats: Tensor = output[_NATS]
+        if "label_nats" in output:
+            nats: Tensor = output["label_nats"]
             return nats
     output = model(**inputs)
     return nats_of(output if isinstance(output, Tensor) else output.logits, labels)
@@ -151,10 +166,8 @@ class _SlicedForward:
             )
         nats = self._nats(seen[0], labels)
         labelled = (labels[:, 1:] != NO_LABEL).sum() if items is None else items
-        output["loss"] = nats.sum() / (labelled.to(nats.device) if isinstance(labelled, Tensor) else labelled)
-        output["logits"] = None
-        output[_NATS] = nats
-        return output
+        loss = nats.sum() / (labelled.to(nats.device) if isinstance(labelled, Tensor) else labelled)
+        return SlicedOutput(loss=loss, label_nats=nats)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _SlicedForward:
         """For the model's copy."""

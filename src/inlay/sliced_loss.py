@@ -13,23 +13,20 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from inlay.data.packing import NO_LABEL
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from transformers import PreTrainedModel
 
 LOGITS_AT_ONCE = 2**25
 """Logits of a slice, B · tokens · vocabulary: 134 MB in float32."""
@@ -139,9 +136,9 @@ class _SlicedForward:
         self.usable = True
         self.__signature__ = inspect.signature(lm.forward)
 
-    def slices(self, labels: Tensor | None) -> bool:
+    def slices(self, labels: Tensor) -> bool:
         """Whether the loss of these labels is made in slices."""
-        if labels is None or not self.usable or torch.compiler.is_compiling():
+        if not self.usable or torch.compiler.is_compiling():
             return False
         head = self.lm.get_output_embeddings().weight
         # A head that is spread over processes (FSDP, DeepSpeed, DTensor) is whole within the model's own forward alone.
@@ -157,13 +154,11 @@ class _SlicedForward:
             output = self.original(*args, **kwargs, logits_to_keep=1)
         if not seen or not self._agrees(seen[0], output.logits):
             self.usable = False
-            logger.warning(
-                "%s makes its logits in a way of its own: its loss needs those of whole sequences",
-                type(self.lm).__name__,
-            )
-            return self.original(
-                *args, labels=labels, **kwargs | ({} if items is None else {"num_items_in_batch": items})
-            )
+            name = type(self.lm).__name__
+            logger.warning("%s makes its logits in a way of its own: its loss needs those of whole sequences", name)
+            if items is not None:
+                kwargs["num_items_in_batch"] = items
+            return self.original(*args, labels=labels, **kwargs)
         nats = self._nats(seen[0], labels)
         labelled = (labels[:, 1:] != NO_LABEL).sum() if items is None else items
         loss = nats.sum() / (labelled.to(nats.device) if isinstance(labelled, Tensor) else labelled)
@@ -250,9 +245,6 @@ def _watched(lm: PreTrainedModel) -> Iterator[list[Any]]:
 
 def _causal_lm(model: nn.Module) -> PreTrainedModel | None:
     """The causal LM in ``model`` whose loss can be made in slices; None if it cannot."""
-    from transformers import PreTrainedModel
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
     lm = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if lm is None or "logits_to_keep" not in inspect.signature(lm.forward).parameters:
         return None
@@ -260,7 +252,7 @@ def _causal_lm(model: nn.Module) -> PreTrainedModel | None:
         return None
     names = inspect.unwrap(type(lm).forward).__code__.co_names
     if "loss_function" not in names or lm.loss_function is not ForCausalLMLoss:
-        return None  # a loss of its own, as Gemma 3's with images
+        return None  # a loss of its own
     return None if getattr(lm.config, "output_router_logits", False) else lm  # which adds the balance of experts
 
 

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from inlay.chat import ChatError, Conversation, Sampling
-from inlay.fastweight import FastWeightLinear, InlayError
+from inlay.fastweight import FastWeightProjection, InlayError
 
 HELP = {
     "/memory": "what the memory has read and how much it holds",
@@ -206,7 +206,7 @@ def memory_table(conversation: Conversation) -> Table:
     return table
 
 
-def _share(layer: FastWeightLinear, norm: float) -> str:
+def _share(layer: FastWeightProjection, norm: float) -> str:
     return f"{norm / float(layer.base_norm()):.2%}" if layer.weight.is_floating_point() else "W0 is quantized"
 
 

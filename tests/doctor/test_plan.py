@@ -24,6 +24,7 @@ from inlay.doctor.dry_run import PlanError, TrainingStep, dry_run
 from inlay.doctor.findings import Severity
 from inlay.doctor.plan import RecipePlan, plan_recipe, training_step
 from inlay.doctor.plan_step import PORT_COPIES, longest_tokens, materialised_bytes, plan_memory
+from inlay.fastweight import FastWeightProjection
 from inlay.report import Report, render_report
 from inlay.report.console import print_section
 from inlay.train.recipe import parse_recipe
@@ -215,7 +216,7 @@ def test_a_dry_run_touches_neither_the_model_nor_the_random_state() -> None:
         trace = dry_run(model, MEMORY, replace(STEP, mode="memory"))
     assert torch.equal(torch.get_rng_state(), state)
     assert {name: (id(p), p.requires_grad, p.sum().item()) for name, p in model.named_parameters()} == before
-    assert not any(type(m).__name__ == "FastWeightLinear" for m in model.modules())
+    assert not any(isinstance(m, FastWeightProjection) for m in model.modules())
     assert trace == dry_run(model.config, MEMORY, replace(STEP, mode="memory"))
 
 

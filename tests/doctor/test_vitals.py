@@ -12,7 +12,7 @@ from torch import Tensor
 
 import inlay
 from inlay.doctor.vitals import LayerVitals, fetch, layer_vitals
-from inlay.fastweight.layer import FastWeightLinear
+from inlay.fastweight.layer import FastWeightProjection
 from tests.closeness import assert_close
 from tests.fastweight.families import BY_NAME
 
@@ -40,7 +40,7 @@ class Forward:
 
 
 def forward(memory: inlay.Memory, ids: Tensor, documents: list[list[int]]) -> Forward:
-    layer: FastWeightLinear = memory.layers[0]
+    layer: FastWeightProjection = memory.layers[0]
     taken: list[Tensor] = []
     vitals: list[LayerVitals] = []
     handle = layer.register_forward_hook(lambda module, args, output: taken.extend([args[0], output]))

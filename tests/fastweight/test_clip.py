@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import inlay
-from inlay.fastweight import FastWeightLinear, clip_targets, fast_weight_linear, update_norms
+from inlay.fastweight import FastWeightProjection, clip_targets, fast_weight_linear, update_norms
 from tests.closeness import assert_close, relative_error
 from tests.fastweight.families import BY_NAME, enable_checkpointing
 
@@ -89,7 +89,7 @@ def test_a_fresh_zero_target_gets_a_finite_gradient_as_if_unclipped(limit: float
     assert torch.equal(dz, torch.zeros_like(dz))
 
 
-def operands_of(layer: FastWeightLinear, model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+def operands_of(layer: FastWeightProjection, model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Z and the unclipped V of a layer in a forward of unpadded ``ids``."""
     seen: list[Tensor] = []
     handles = [

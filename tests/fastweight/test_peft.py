@@ -8,15 +8,13 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import inlay
-from inlay.fastweight import FastWeightLinear
+from inlay.fastweight import FastWeightProjection
 from tests.closeness import assert_close, relative_error
-from tests.fastweight.families import (
-    enable_checkpointing,
-    trainable,
-)
-from tests.fastweight.test_attach import IDS, LLAMA, logits
+from tests.fastweight.families import Model, enable_checkpointing, trainable
+from tests.fastweight.test_attach import GPT2, IDS, LLAMA, logits
 
 
 def lora(model: nn.Module, targets: Any = "all-linear", **options: Any) -> nn.Module:
@@ -30,15 +28,18 @@ def lora(model: nn.Module, targets: Any = "all-linear", **options: Any) -> nn.Mo
     return wrapped
 
 
-def both(order: str, targets: Any = "all-linear", **changes: Any) -> tuple[nn.Module, inlay.Memory]:
-    model = LLAMA.make()
+def both(
+    order: str, targets: Any = "all-linear", family: Model = LLAMA, **changes: Any
+) -> tuple[nn.Module, inlay.Memory]:
+    model = family.make()
+    options = {"fan_in_fan_out": family is GPT2}
     if order == "lora first":
-        wrapped = lora(model, targets)
+        wrapped = lora(model, targets, **options)
         torch.manual_seed(5)
-        return wrapped, inlay.attach(wrapped, LLAMA.config(**changes))
+        return wrapped, inlay.attach(wrapped, family.config(**changes))
     torch.manual_seed(5)
-    memory = inlay.attach(model, LLAMA.config(**changes))
-    return lora(model, targets), memory
+    memory = inlay.attach(model, family.config(**changes))
+    return lora(model, targets, **options), memory
 
 
 both_orders = pytest.mark.parametrize("order", ["lora first", "memory first"])
@@ -92,7 +93,7 @@ def test_detach_from_a_peft_model_leaves_lora_alone(order: str) -> None:
     keys = set(lora(LLAMA.make()).state_dict())
     memory.detach()
     assert set(model.state_dict()) == keys
-    assert not any(isinstance(module, FastWeightLinear) for module in model.modules())
+    assert not any(isinstance(module, FastWeightProjection) for module in model.modules())
     assert torch.equal(logits(model), expected)
 
 
@@ -109,14 +110,23 @@ def test_peft_can_switch_its_adapters_off_beside_a_memory(order: str) -> None:
 
 
 @both_orders
-def test_lora_can_be_merged_below_a_memory(order: str) -> None:
-    model, memory = both(order)
+@pytest.mark.parametrize(("family", "projection"), [(LLAMA, nn.Linear), (GPT2, Conv1D)], ids=["llama", "gpt2"])
+def test_lora_can_be_merged_below_a_memory(order: str, family: Model, projection: type) -> None:
+    model, memory = both(order, family=family)
     expected = logits(model)
+    model.merge_adapter()
+    assert_close(logits(model), expected, 1e-5)
+    model.unmerge_adapter()
+    assert_close(logits(model), expected, 1e-5)
     merged = model.merge_and_unload()
     assert_close(logits(merged), expected, 1e-5)
+    below = memory.layers[0].base
     memory.detach()
-    assert type(merged.model.layers[0].mlp.down_proj) is nn.Linear
-    assert_close(logits(merged), logits(lora(LLAMA.make()).merge_and_unload()), 1e-5)
+    assert type(below) is projection
+    assert any(module is below for module in merged.modules())
+    plain, _ = both("memory first", family=family)
+    inlay.find_memory(plain).detach()
+    assert_close(logits(merged), logits(plain), 1e-5)
 
 
 @both_orders

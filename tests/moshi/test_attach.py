@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import inlay
 from inlay import AttachError, CheckpointError, FastWeightConfig
-from inlay.fastweight import FastWeightLinear, fast_weight_linear_reference
+from inlay.fastweight import FastWeightProjection, fast_weight_linear_reference
 from inlay.fastweight.errors import MemoryGoneError
 from inlay.moshi import require_moshi
 from inlay.moshi.gating import ModularGating
@@ -64,7 +64,7 @@ def test_upstreams_gating_is_bit_equal_to_the_one_that_stands_in() -> None:
 def test_the_memory_is_in_the_main_transformer_and_nowhere_else() -> None:
     lm = make_lm(num_layers=8)
     inlay.attach(lm, FastWeightConfig(layers="every:3", chunk_size=8))
-    memories = [name for name, module in lm.named_modules() if isinstance(module, FastWeightLinear)]
+    memories = [name for name, module in lm.named_modules() if isinstance(module, FastWeightProjection)]
     assert memories == [f"transformer.layers.{i}.gating.linear_out" for i in (0, 3, 6)]
 
 
@@ -191,7 +191,7 @@ def test_kyutais_lora_and_the_memory_go_together(order: str) -> None:
         memory = inlay.attach(lm, CONFIG)
         replace_all_linear_with_lora(lm, rank=2, scaling=2.0)
     assert isinstance(lm.transformer.layers[0].gating.linear_out, LoRALinear)
-    assert isinstance(lm.transformer.layers[0].gating.linear_out.frozen_W, FastWeightLinear)
+    assert isinstance(lm.transformer.layers[0].gating.linear_out.frozen_W, FastWeightProjection)
     assert memory.base_parameters().keys() == dict(reference.named_parameters()).keys()
     for module in lm.modules():
         if isinstance(module, LoRALinear):
@@ -203,7 +203,7 @@ def test_kyutais_lora_and_the_memory_go_together(order: str) -> None:
     assert all(".lora_" in name or ".target." in name for name in chosen)
     memory.detach()
     lm.requires_grad_(True)  # matmul picks its kernel by that
-    assert not any(isinstance(module, FastWeightLinear | ModularGating) for module in lm.modules())
+    assert not any(isinstance(module, FastWeightProjection | ModularGating) for module in lm.modules())
     assert torch.equal(outputs(lm, codes)[0], outputs(reference, codes)[0])
 
 
@@ -226,7 +226,7 @@ def test_adapters_are_fused_around_the_memory(order: str) -> None:
         with memory.disabled():
             assert relative_error(outputs(lm, codes)[0], expected) > 1e-2
     memory.detach()
-    assert not any(isinstance(module, FastWeightLinear | ModularGating) for module in lm.modules())
+    assert not any(isinstance(module, FastWeightProjection | ModularGating) for module in lm.modules())
 
 
 def test_a_memory_that_was_taken_out_behind_its_back_is_missed() -> None:

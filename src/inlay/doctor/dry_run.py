@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from inlay.doctor.plan_allocations import Allocations, Moment, Scope
 from inlay.fastweight import FastWeightConfig, InlayError, Memory, TrainMode, attach
-from inlay.fastweight.layer import FastWeightLinear
+from inlay.fastweight.layer import FastWeightProjection
 from inlay.sliced_loss import slice_loss
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -286,7 +286,7 @@ def _run(subject: Subject, model: nn.Module, step: TrainingStep, allocations: Al
     update()
 
 
-def _shorten(layer: FastWeightLinear, args: tuple[Tensor]) -> None:
+def _shorten(layer: FastWeightProjection, args: tuple[Tensor]) -> None:
     """Let the scan walk a few chunks only: each needs the same memory, and none is kept."""
     context, (z,) = layer.holder.current, args
     if context is None or layer.config.clips:

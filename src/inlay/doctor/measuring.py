@@ -21,7 +21,7 @@ from inlay.evaluate.scoring import device_of, evaluating, logits_of
 from inlay.fastweight import Memory
 from inlay.fastweight.chunks import ChunkLayout
 from inlay.fastweight.clip import update_norms
-from inlay.fastweight.layer import FastWeightLinear, Observation
+from inlay.fastweight.layer import FastWeightProjection, Observation
 from inlay.fastweight.scan import accumulator_dtype
 
 Measured = TypeVar("Measured")
@@ -78,7 +78,7 @@ def observe(
     memory: Memory,
     model: nn.Module,
     batch: Mapping[str, Tensor],
-    measure: Callable[[FastWeightLinear, Observation], Measured],
+    measure: Callable[[FastWeightProjection, Observation], Measured],
 ) -> dict[int, Measured]:
     """What ``measure`` makes of each layer's part in one forward in eval mode, by block.
 
@@ -93,7 +93,7 @@ def observe(
     measured: dict[int, Measured] = {}
     before = {index: layer.observer for index, layer in memory.layers.items()}
 
-    def observer(layer: FastWeightLinear) -> Callable[[Observation], None]:
+    def observer(layer: FastWeightProjection) -> Callable[[Observation], None]:
         def note(seen: Observation) -> None:
             measured[layer.index] = measure(layer, seen)
 

@@ -26,7 +26,7 @@ from inlay.doctor.findings import Finding, Severity
 from inlay.doctor.measuring import chunk_table, observe, trace_layer
 from inlay.doctor.step_size import plain
 from inlay.fastweight import Memory
-from inlay.fastweight.layer import FastWeightLinear, Observation
+from inlay.fastweight.layer import FastWeightProjection, Observation
 from inlay.report import Section, Series, Table, line_plot
 
 _BF16_STEP = 2.0**-8
@@ -198,7 +198,7 @@ def examine_scale(memory: Memory, model: nn.Module, batch: Mapping[str, Tensor])
     return Scale(eta, memory.config.chunk_size, tuple(layers.values()))
 
 
-def _layer_scale(layer: FastWeightLinear, seen: Observation, eta: float) -> LayerScale:
+def _layer_scale(layer: FastWeightProjection, seen: Observation, eta: float) -> LayerScale:
     walked = trace_layer(seen, eta)
     base_norm = float(layer.base_norm())
     finite = bool(torch.isfinite(seen.output).all()) and all(map(math.isfinite, walked.sum_norm))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from inlay.fastweight.chunks import ChunkLayout
-from inlay.fastweight.layer import FastWeightLinear, Observation
+from inlay.fastweight.layer import FastWeightProjection, Observation
 from inlay.fastweight.scan import ScanPlan, scan
 
 Name = TypeVar("Name")
@@ -45,7 +45,7 @@ class LayerVitals:
 
 
 @torch.no_grad()
-def layer_vitals(layer: FastWeightLinear, seen: Observation) -> LayerVitals:
+def layer_vitals(layer: FastWeightProjection, seen: Observation) -> LayerVitals:
     """Measure ``layer`` by what was observed of a forward without a state, without waiting for the device.
 
     Args:

@@ -9,7 +9,7 @@ from inlay.fastweight.errors import (
     MemoryNeverReadError,
     NonFiniteMemoryError,
 )
-from inlay.fastweight.layer import FastWeightLinear
+from inlay.fastweight.layer import FastWeightConv1D, FastWeightLinear, FastWeightProjection
 from inlay.fastweight.memory import Memory, TrainMode, attach, attach_pretrained, find_memory
 from inlay.fastweight.operation import fast_weight_linear
 from inlay.fastweight.parallel import fast_weight_linear_parallel
@@ -24,7 +24,9 @@ __all__ = [
     "AttachError",
     "CheckpointError",
     "FastWeightConfig",
+    "FastWeightConv1D",
     "FastWeightLinear",
+    "FastWeightProjection",
     "FastWeightState",
     "InlayError",
     "Memory",

@@ -18,7 +18,7 @@ from inlay import __version__
 from inlay.fastweight.config import FastWeightConfig
 from inlay.fastweight.errors import CheckpointError
 from inlay.fastweight.families import Decoder
-from inlay.fastweight.layer import FastWeightLinear
+from inlay.fastweight.layer import FastWeightProjection
 from inlay.files import replacing_together
 
 TENSORS = "memory.safetensors"
@@ -62,7 +62,7 @@ def write(
     directory: Path,
     config: FastWeightConfig,
     model: dict[str, Any],
-    layers: Mapping[int, FastWeightLinear],
+    layers: Mapping[int, FastWeightProjection],
     base: Mapping[str, Tensor],
 ) -> None:
     """Write a memory to ``directory``, which is made if it is not there.
@@ -145,7 +145,9 @@ def check_model(saved: SavedMemory, model: dict[str, Any]) -> None:
         )
 
 
-def load_tensors(saved: SavedMemory, layers: Mapping[int, FastWeightLinear], base: Mapping[str, nn.Parameter]) -> None:
+def load_tensors(
+    saved: SavedMemory, layers: Mapping[int, FastWeightProjection], base: Mapping[str, nn.Parameter]
+) -> None:
     """Copy the saved tensors into a model's memory and base. Checks all of them before it copies any.
 
     Raises:

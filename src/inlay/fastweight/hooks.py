@@ -22,7 +22,7 @@ from inlay.fastweight.config import FastWeightConfig
 from inlay.fastweight.context import ContextHolder, ForwardContext, documents_of, first_tensor
 from inlay.fastweight.errors import MemoryGoneError
 from inlay.fastweight.families import Decoder, Site
-from inlay.fastweight.layer import FastWeightLinear, capture_mlp_input
+from inlay.fastweight.layer import FastWeightProjection, capture_mlp_input
 from inlay.fastweight.parallel import refuse_unnamed_documents
 from inlay.fastweight.stepping import StepSource
 from inlay.fastweight.streaming import MemoryState, StateError, ride, state_of
@@ -45,7 +45,7 @@ class ForwardHooks:
         model: nn.Module,
         decoder: Decoder,
         sites: Sequence[Site],
-        layers: Mapping[int, FastWeightLinear],
+        layers: Mapping[int, FastWeightProjection],
         config: FastWeightConfig,
         holder: ContextHolder,
         *,

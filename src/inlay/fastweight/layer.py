@@ -1,4 +1,4 @@
-"""``FastWeightLinear``: the module that takes the place of a down projection."""
+"""The module that takes the place of a down projection: ``FastWeightLinear``, ``FastWeightConv1D``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from inlay.fastweight.chunks import ChunkLayout
 from inlay.fastweight.clip import clip_targets, update_norms
@@ -77,13 +78,13 @@ class Observation:
     output: Tensor
 
 
-class FastWeightLinear(nn.Linear):
+class FastWeightProjection(nn.Module):
     """A down projection whose weight grows with what it has read.
 
     It stands where the original module stood and shares that module's parameters under their own names, so that the
     model's ``state_dict`` keeps its keys and gains ``target.conv`` and ``target.projection``. The original module is
-    kept, called for its part of the output, and given back by ``Memory.detach``. A subclass of ``nn.Linear`` only so
-    that tools which ask (PEFT) know it for one.
+    kept, called for its part of the output, and given back by ``Memory.detach``. Made by :meth:`around`, as a subclass
+    of what the original is, so that tools which ask (PEFT) know it for one and its weight for what shape it has.
 
     Attributes:
         index: The block it belongs to.
@@ -94,6 +95,14 @@ class FastWeightLinear(nn.Linear):
         representation: How its state holds what is committed: the ``dense`` sum, ``deferred`` products, or (``auto``)
             products until the sum is cheaper. Read when a state begins.
     """
+
+    weight: Tensor
+
+    @staticmethod
+    def around(base: nn.Module, index: int, config: FastWeightConfig, holder: ContextHolder) -> FastWeightProjection:
+        """The memory layer of block ``index`` in place of ``base``, an ``nn.Linear`` or transformers' ``Conv1D``."""
+        kind = FastWeightConv1D if isinstance(base, Conv1D) else FastWeightLinear
+        return kind(base, index, config, holder)
 
     def __init__(self, base: nn.Module, index: int, config: FastWeightConfig, holder: ContextHolder) -> None:
         nn.Module.__init__(self)
@@ -122,7 +131,7 @@ class FastWeightLinear(nn.Linear):
         self.target.chunk_size = config.chunk_size
         self.target.normalize = config.normalize_target
 
-    def train(self, mode: bool = True) -> FastWeightLinear:
+    def train(self, mode: bool = True) -> FastWeightProjection:
         """Set training mode, of the original module too."""
         super().train(mode)
         self.__dict__["base"].train(mode)
@@ -295,6 +304,16 @@ class FastWeightLinear(nn.Linear):
         return f"block={self.index}, in_features={self.in_features}, out_features={self.out_features}"
 
 
+class FastWeightLinear(FastWeightProjection, nn.Linear):
+    """In the place of an ``nn.Linear``: weight ``[D, F]``."""
+
+
+class FastWeightConv1D(FastWeightProjection, Conv1D):
+    """In the place of transformers' ``Conv1D`` (GPT-2): weight ``[F, D]``."""
+
+    __repr__ = nn.Module.__repr__
+
+
 def _is_plain_linear(module: nn.Module) -> bool:
     """Whether calling ``module`` is ``F.linear`` with its weight and nothing else: no subclass, hook or offloading."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -302,7 +321,7 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 
 def capture_mlp_input(
-    layer: FastWeightLinear, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: FastWeightProjection, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """A forward pre-hook of the MLP for ``target="hidden"``: note its input ``[B, T, D]``."""
     layer.mlp_input = first_tensor(args, kwargs)

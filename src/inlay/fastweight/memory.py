@@ -22,7 +22,7 @@ from inlay.fastweight.context import ContextHolder
 from inlay.fastweight.errors import AttachError, CheckpointError, MemoryNeverReadError, NonFiniteMemoryError
 from inlay.fastweight.families import Decoder, Site, find_decoder, is_called, projection_shape
 from inlay.fastweight.hooks import ForwardHooks
-from inlay.fastweight.layer import FastWeightLinear, Representation
+from inlay.fastweight.layer import FastWeightProjection, Representation
 from inlay.fastweight.session import Session, load_session
 from inlay.fastweight.stepping import StepSource
 from inlay.fastweight.streaming import MemoryState, StateError
@@ -140,13 +140,13 @@ class Memory:
         self.model = model
         self.config = config
         self.decoder = decoder
-        self.layers: dict[int, FastWeightLinear] = {}
+        self.layers: dict[int, FastWeightProjection] = {}
         self.trained_base: set[str] = set()
         self._sites = list(sites)
         holder = ContextHolder()
         for site in sites:
             site.install()
-            layer = FastWeightLinear(site.projection, site.index, config, holder)
+            layer = FastWeightProjection.around(site.projection, site.index, config, holder)
             setattr(site.parent, site.name, layer)
             self.layers[site.index] = layer
         self._hooks = ForwardHooks(model, decoder, sites, self.layers, config, holder, on_backward=self._note_trained)

@@ -32,7 +32,7 @@ from inlay.fastweight.state import FastWeightState
 from inlay.fastweight.streaming import StateError
 
 if TYPE_CHECKING:
-    from inlay.fastweight.layer import FastWeightLinear
+    from inlay.fastweight.layer import FastWeightProjection
 
 Commits = Literal["masked", "asked", "outside"]
 
@@ -73,7 +73,7 @@ class StepState:
 
     def __init__(
         self,
-        modules: Mapping[int, FastWeightLinear],
+        modules: Mapping[int, FastWeightProjection],
         exec_mask: Tensor,
         *,
         dtype: torch.dtype,
@@ -157,7 +157,7 @@ class StepState:
         twin.__dict__.update({name: copy.deepcopy(self.__dict__[name], memo) for name in names})
         return twin
 
-    def read(self, module: FastWeightLinear, z: Tensor, x: Tensor) -> Tensor:
+    def read(self, module: FastWeightProjection, z: Tensor, x: Tensor) -> Tensor:
         """The layer's part of a step: its output for the new tokens, whose operands are written to the open chunk.
 
         Args:
@@ -219,7 +219,7 @@ class StepState:
             return self.phase.device.type == "cpu" and not self._capturing()
         return self.commits == "asked"
 
-    def _write(self, module: FastWeightLinear, buffers: LayerBuffers, full: Tensor) -> None:
+    def _write(self, module: FastWeightProjection, buffers: LayerBuffers, full: Tensor) -> None:
         """Commit the layer's chunks in the rows ``full`` ``[B]``."""
         v, scale = module._targets(buffers.z, buffers.x)
         if scale is not None:

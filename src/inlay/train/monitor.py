@@ -35,7 +35,7 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 from inlay.doctor.gradient_verdict import WEAK
 from inlay.doctor.gradients import BASE, CONVOLUTION, PROJECTION, REST, GroupNorm, Groups, group_norms, parameter_groups
 from inlay.doctor.vitals import LayerVitals, fetch, layer_vitals
-from inlay.fastweight import FastWeightLinear, Memory
+from inlay.fastweight import FastWeightProjection, Memory
 from inlay.fastweight.layer import Observation
 
 PREFIX = "memory/"
@@ -158,7 +158,7 @@ class MemoryMonitor(TrainerCallback):
             if any(parameter is own for own in layer.parameters())
         }
 
-    def _observer(self, layer: FastWeightLinear) -> Callable[[Observation], None]:
+    def _observer(self, layer: FastWeightProjection) -> Callable[[Observation], None]:
         def observe(seen: Observation) -> None:
             if layer.index not in self._vitals:  # the step may have more microbatches
                 self._vitals[layer.index] = layer_vitals(layer, seen)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from inlay.train import base_lm
 from inlay.train.base_lm import base_outcome, build_base_lm
@@ -58,6 +61,32 @@ def test_a_decoder_without_its_weights_is_trained_anew(tmp_path: Path) -> None:
     again, _ = built(tmp_path)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
     assert base_outcome(recipe(), cache_dir=tmp_path) is not None
+
+
+def test_other_processes_wait_at_no_barrier_while_the_first_trains_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process group gives up on who waits for longer than its timeout, 10 minutes on GPUs."""
+    there_at_barrier = []
+    begun = threading.Event()
+    found: dict[str, Tensor] = {}
+
+    def wait_for_everyone() -> None:
+        there_at_barrier.append(base_outcome(recipe(), cache_dir=tmp_path) is not None)
+
+    def second() -> Any:
+        begun.set()
+        return SimpleNamespace(is_main_process=False, wait_for_everyone=wait_for_everyone)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base_lm, "PartialState", second)
+        waiting = threading.Thread(target=lambda: found.update(built(tmp_path)[0].state_dict()))
+        waiting.start()
+        begun.wait()
+    first, _ = built(tmp_path)
+    waiting.join()
+    assert there_at_barrier == [True]
+    assert all(torch.equal(value, found[name]) for name, value in first.state_dict().items())
 
 
 def test_another_recipe_is_another_model(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ _WARMUP = 100
 _LAST_RATE = 0.05
 _REVIEWED = 0.25
 _SHOWN_EVERY = 10
+_LOOK_EVERY = 0.5
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def build_base_lm(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The decoder that ``recipe.decoder.config`` describes, trained as ``recipe.base`` says, or taken from the cache.
 
-    Of several processes (``torchrun``) the first trains it, and the others wait.
+    Of several processes (``torchrun``) the first trains it, and the others wait until it lies in the cache, which they
+    share.
 
     Args:
         recipe: With ``decoder.config``, ``base`` and generated facts.
@@ -116,6 +118,8 @@ def build_base_lm(
             (place / OUTCOME).write_text(json.dumps(asdict(outcome), indent=2) + "\n")
 
         write_folder(folder, save, _is_whole)
+    while not _is_whole(folder):  # rather than at a barrier, whose timeout is shorter than a training
+        time.sleep(_LOOK_EVERY)
     processes.wait_for_everyone()
     outcome = read_outcome(folder)
     if not outcome.reached:

@@ -43,6 +43,13 @@ def test_the_new_content_takes_the_place_of_the_old(tmp_path: Path) -> None:
     assert contents(path.parent).keys() == {"a.txt"}
 
 
+@pytest.mark.parametrize("name", ["a" * 255, "ä" * 127], ids=["ascii", "two bytes each"])
+def test_a_name_may_be_as_long_as_the_file_system_allows(name: str, tmp_path: Path) -> None:
+    write_whole(tmp_path / name, "a")
+    write_folder(tmp_path / "folders" / name, lambda folder: (folder / "b").write_text("b"))
+    assert contents(tmp_path) == {name: "a", "folders": "", f"folders/{name}": "", f"folders/{name}/b": "b"}
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_what_fails_leaves_the_old_files_and_nothing_beside(error: type[BaseException], tmp_path: Path) -> None:
     def fail() -> None:

@@ -26,6 +26,9 @@ from secrets import token_hex
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
+_LONGEST_LABEL = 200
+"""Bytes. File systems allow 255, and process and a random number take 31."""
+
 _in_use: set[str] = set()
 """Names of this process's temporary folders: others with its number are of a killed one that had the same."""
 
@@ -108,7 +111,7 @@ def write_folder(folder: Path, save: Callable[[Path], object], is_whole: Callabl
 
 def remove_abandoned(folder: Path, name: str | None = None) -> None:
     """Remove from ``folder`` what killed processes of this machine left there of writing ``name``, or any file."""
-    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.{_machine()}-(\d+)\.\w+\.tmp")
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(_label(name))}\.{_machine()}-(\d+)\.\w+\.tmp")
     with suppress(OSError):  # a folder may be written to and not listed
         for entry in os.listdir(folder):
             found = pattern.fullmatch(entry)
@@ -121,7 +124,7 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside ``path``, gone afterwards. An OSError of the block names ``path`` in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path.parent, path.name)
-    prefix = f".{path.name}.{_machine()}-{os.getpid()}."
+    prefix = f".{_label(path.name)}.{_machine()}-{os.getpid()}."
     folder = path.with_name(f"{prefix}{token_hex(4)}.tmp")
     _in_use.add(folder.name)
     try:
@@ -135,6 +138,12 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         _in_use.discard(folder.name)
+
+
+def _label(name: str) -> str:
+    """What the temporary folder of a file is called after it: the name, or a hash of one that leaves it no room."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= _LONGEST_LABEL else hashlib.sha256(encoded).hexdigest()
 
 
 def _mode_of_new_files(folder: Path) -> int:

@@ -76,10 +76,12 @@ def test_loss_and_gradients_are_the_models_own(family: Model) -> None:
     inlay.attach(model, family.config()).train_only("all")
     assert slice_loss(model)
     inputs = inputs_of(family)
-    nats = assert_same_step(model, **inputs).label_nats
+    assert_same_step(model, **inputs)
+    labels = inputs.pop("labels")
+    nats = label_nats(model, inputs, labels)
     with torch.no_grad(), whole_logits(model):
         logits = model(**inputs, use_cache=False).logits
-    by_hand = F.cross_entropy(logits[:, :-1].mT, inputs["labels"][:, 1:], reduction="none")
+    by_hand = F.cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")
     assert_close(nats, by_hand, 1e-5)
 
 
@@ -272,6 +274,40 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     for rank in (0, 1):
         for name, weight in torch.load(tmp_path / f"{rank}.pt").items():
             assert_close(weight, alone[name], 1e-3, name)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"output_hidden_states": True},
+        {"use_cache": True},
+        {"ignore_index": 5},
+        {"return_dict": False},
+    ],
+    ids=str,
+)
+def test_a_call_that_asks_for_more_than_a_loss_gets_it(more: dict[str, Any]) -> None:
+    ids = torch.randint(3, VOCAB, (ROWS, TOKENS))
+    expected = llama()(input_ids=ids, labels=ids, **more)
+    model = llama()
+    assert slice_loss(model)
+    found = model(input_ids=ids, labels=ids, **more)
+    assert type(found) is type(expected)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+def test_labels_may_come_by_place_and_a_loss_may_be_replaced() -> None:
+    ids = torch.randint(3, VOCAB, (ROWS, TOKENS))
+    model = llama()
+    assert slice_loss(model)
+    by_name = model(input_ids=ids, labels=ids)
+    assert set(by_name) == {"loss"}
+    assert torch.equal(model(ids, None, None, None, None, ids).loss, by_name.loss)
+    model.loss_function = lambda logits, labels, vocab_size, **more: logits.sum() * 0 + 7
+    assert model(input_ids=ids, labels=ids).loss == 7
+    model.set_output_embeddings(nn.Sequential(model.lm_head))
+    assert model(input_ids=ids, labels=ids).loss == 7
 
 
 def test_loss_by_position_is_the_same() -> None:

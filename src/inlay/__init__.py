@@ -7,6 +7,7 @@ Importing it changes nothing; :func:`attach` changes the one model it is given a
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         attach_pretrained,
         find_memory,
     )
+    from inlay.train.callback import MemoryCallback
 
 __all__ = [
     "AttachError",
@@ -33,6 +35,7 @@ __all__ = [
     "FastWeightConfig",
     "InlayError",
     "Memory",
+    "MemoryCallback",
     "MemoryNeverReadError",
     "NonFiniteMemoryError",
     "Session",
@@ -48,7 +51,6 @@ def __getattr__(name: str) -> Any:
     """A public name is fetched when it is first used: ``inlay --help`` need not wait for torch and transformers."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from inlay import fastweight
-
-    value = globals()[name] = getattr(fastweight, name)
+    place = "inlay.train.callback" if name == "MemoryCallback" else "inlay.fastweight"
+    value = globals()[name] = getattr(import_module(place), name)
     return value

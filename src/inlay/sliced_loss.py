@@ -27,6 +27,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from inlay.data.packing import NO_LABEL
+from inlay.fastweight.causal_lm import CACHE_ARGUMENTS
 
 LOGITS_AT_ONCE = 2**25
 """Logits of a slice, B · tokens · vocabulary: 134 MB in float32."""
@@ -46,7 +47,8 @@ class SlicedOutput(ModelOutput):
     Attributes:
         loss: Mean cross-entropy in nats, as the model's own.
         logits: None.
-        label_nats: ``[B, T − 1]`` float32, the cross-entropy of ``labels[:, 1:]``; 0 where nothing is predicted.
+        label_nats: ``[B, T − 1]`` float32, the cross-entropy of ``labels[:, 1:]``; 0 where nothing is predicted. None
+            unless :func:`label_nats` asks.
     """
 
     loss: Tensor | None = None
@@ -59,7 +61,9 @@ def slice_loss(model: nn.Module, *, stand_in: StandIn | None = None) -> bool:
     the whole batch would be more than :data:`LOGITS_AT_ONCE`.
 
     Such a call gives a :class:`SlicedOutput`, with ``loss`` as before and no ``logits``. All other calls are as they
-    were. Whatever wraps the model (PEFT, DDP, accelerate) may wrap it before or after.
+    were: without labels, or that ask for hidden states, attentions, a KV cache or tuples, or have a loss of their own.
+    Whatever wraps the model (PEFT, DDP, accelerate) may wrap it before or after. An evaluation that looks at logits
+    (``compute_metrics`` of transformers' Trainer) goes into :func:`whole_logits`.
 
     Args:
         model: The model, or what wraps it.
@@ -91,7 +95,11 @@ def label_nats(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> T
     """
     forward = _installed(model)
     if forward is not None and forward.slices(labels):
-        output = model(**inputs, labels=labels)
+        forward.asked = True
+        try:
+            output = model(**inputs, labels=labels)
+        finally:
+            forward.asked = False
         if "label_nats" in output:
             nats: Tensor = output["label_nats"]
             return nats
@@ -134,35 +142,49 @@ class _SlicedForward:
         self.stand_in = stand_in
         self.trusted = stand_in is not None
         self.usable = True
+        self.asked = False
         self.__signature__ = inspect.signature(lm.forward)
 
     def slices(self, labels: Tensor) -> bool:
         """Whether the loss of these labels is made in slices."""
         if not self.usable or torch.compiler.is_compiling():
             return False
-        head = self.lm.get_output_embeddings().weight
+        head = getattr(self.lm.get_output_embeddings(), "weight", None)
         # A head that is spread over processes (FSDP, DeepSpeed, DTensor) is whole within the model's own forward alone.
-        whole = head.dim() == 2 and not hasattr(head, "placements")
-        return whole and labels.numel() * head.shape[0] > LOGITS_AT_ONCE
+        if head is None or head.dim() != 2 or hasattr(head, "placements"):
+            return False
+        return labels.numel() * int(head.shape[0]) > LOGITS_AT_ONCE
 
-    def __call__(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        others = {"logits_to_keep", "shift_labels"} & kwargs.keys() or kwargs.get("return_dict") is False
-        if others or labels is None or not self.slices(labels):
-            return self.original(*args, labels=labels, **kwargs)
-        items = kwargs.pop("num_items_in_batch", None)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
+        labels = kwargs.get("labels")
+        if labels is None or self._asks_for_more(kwargs) or not self.slices(labels):
+            return self.original(**kwargs)
+        given = dict(kwargs)
+        items = given.pop("num_items_in_batch", None)
         with _watched(self.lm) as seen:
-            output = self.original(*args, **kwargs, logits_to_keep=1)
+            output = self.original(**given | {"labels": None, "logits_to_keep": 1})
         if not seen or not self._agrees(seen[0], output.logits):
             self.usable = False
             name = type(self.lm).__name__
             logger.warning("%s makes its logits in a way of its own: its loss needs those of whole sequences", name)
-            if items is not None:
-                kwargs["num_items_in_batch"] = items
-            return self.original(*args, labels=labels, **kwargs)
+            return self.original(**kwargs)
         nats = self._nats(seen[0], labels)
         labelled = (labels[:, 1:] != NO_LABEL).sum() if items is None else items
         loss = nats.sum() / (labelled.to(nats.device) if isinstance(labelled, Tensor) else labelled)
-        return SlicedOutput(loss=loss, label_nats=nats)
+        return SlicedOutput(loss=loss, label_nats=nats if self.asked else None)
+
+    def _asks_for_more(self, given: Mapping[str, Any]) -> bool:
+        """Whether a call wants more than a loss, or another loss than transformers' own."""
+        config = self.lm.config
+        wanted = ("output_hidden_states", "output_attentions", "use_cache")
+        return (
+            bool({"logits_to_keep", "shift_labels", "ignore_index"} & given.keys())
+            or any(given.get(name) for name in (*wanted, *CACHE_ARGUMENTS))
+            or any(getattr(config, name, False) and given.get(name) is None for name in wanted[:2])
+            or (config.return_dict if given.get("return_dict") is None else given["return_dict"]) is False
+            or self.lm.loss_function is not ForCausalLMLoss
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _SlicedForward:
         """For the model's copy."""

@@ -248,9 +248,13 @@ def test_on_cuda_it_equals_the_reference(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"chunk_size": 0}, "chunk_size must be a whole number of at least 1"),
+        ({"chunk_size": 7.0}, r"chunk_size must be a whole number of at least 1; got 7\.0"),
+        ({"z": torch.zeros(2, 30, F, dtype=torch.long)}, "z must be of a floating-point dtype; got torch.int64"),
         ({"exposure": 1.5}, r"exposure must lie in \[0, 1\]"),
-        ({"documents": torch.zeros(2, 3)}, r"documents must be \[B, T\]"),
+        ({"documents": torch.zeros(2, 3).long()}, r"documents must be a tensor \[B, T\] = \[2, 30\] of integers"),
+        ({"documents": torch.zeros(2, 30)}, r"of integers; got torch\.float32 \[2, 30\]"),
+        ({"documents": [[0] * 30] * 2}, "of integers; got list"),
         ({"state": FastWeightState.empty(2, D, F, 5)}, "the state is of another memory"),
         ({"z": torch.zeros(2, 29, F)}, r"z must be \[B, T, F\] and v \[B, T, D\] of the same B and T"),
         ({"weight": torch.zeros(F, D)}, r"weight must be \[D, F\]"),

@@ -21,6 +21,19 @@ from torch import Tensor
 from inlay.fastweight.state import NO_DOCUMENT, FastWeightState
 
 
+def check_documents(documents: object, batch: int, tokens: int, name: str = "documents") -> None:
+    """Make sure that ``documents`` is ``[B, T]`` of whole numbers.
+
+    Raises:
+        ValueError: It is not; calls it ``name``.
+    """
+    expected = f"{name} must be a tensor [B, T] = [{batch}, {tokens}] of integers"
+    if not isinstance(documents, Tensor):
+        raise ValueError(f"{expected}; got {type(documents).__name__}")
+    if documents.shape != (batch, tokens) or documents.is_floating_point() or documents.is_complex():
+        raise ValueError(f"{expected}; got {documents.dtype} {[*documents.shape]}")
+
+
 @dataclass(frozen=True)
 class ChunkLayout:
     """The chunk grid of one call.

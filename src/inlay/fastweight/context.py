@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from inlay.fastweight.chunks import ChunkLayout, chunk_layout
+from inlay.fastweight.chunks import ChunkLayout, check_documents, chunk_layout
 from inlay.fastweight.parallel import part_layout
 from inlay.fastweight.state import FastWeightState
 from inlay.fastweight.stepping import StepState
@@ -32,8 +33,12 @@ class ForwardContext:
     Attributes:
         documents: ``[B, T]`` ids, −1 for padding; None when every row is one document without padding.
         x0: ``[B, T, D]`` what enters the first block.
+        mlp_inputs: ``[B, T, D]`` what entered the MLP of a block, until its memory takes it (``target="hidden"``).
         explicit: ``document_ids`` as the caller passed them, if any.
         attention_mask: The 2-D one, if the caller or the model gave one.
+        opaque_mask: Whether the caller gave a mask of another kind, from which padding cannot be told.
+        running: Depths of the modules that are running, from the outermost on.
+        ran: Blocks whose memory has run.
         recomputing: Whether gradient checkpointing is running a block again.
         batch: Rows B.
         tokens: New tokens per row T.
@@ -46,8 +51,12 @@ class ForwardContext:
 
     documents: Tensor | None = None
     x0: Tensor | None = None
+    mlp_inputs: dict[int, Tensor | None] = field(default_factory=dict)
     explicit: Tensor | None = None
     attention_mask: Tensor | None = None
+    opaque_mask: bool = False
+    running: list[int] = field(default_factory=list)
+    ran: set[int] = field(default_factory=set)
     recomputing: bool = False
     batch: int = 0
     tokens: int = 0
@@ -85,10 +94,22 @@ class ForwardContext:
 
 
 class ContextHolder:
-    """Holds the context of the forward that is running."""
+    """Holds the context of the forward that is running; each thread runs its own."""
 
     def __init__(self) -> None:
-        self.current: ForwardContext | None = None
+        self._contexts: dict[int, ForwardContext] = {}
+
+    @property
+    def current(self) -> ForwardContext | None:
+        """Of this thread's forward; None between forwards."""
+        return self._contexts.get(get_ident())
+
+    @current.setter
+    def current(self, context: ForwardContext | None) -> None:
+        if context is None:
+            self._contexts.pop(get_ident(), None)
+        else:
+            self._contexts[get_ident()] = context
 
     @contextmanager
     def using(self, context: ForwardContext) -> Iterator[None]:
@@ -103,6 +124,16 @@ class ContextHolder:
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The first tensor that a module was called with: what it works on, by the custom of every model."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def text_positions(position_ids: Any) -> Tensor | None:
+    """``[B, T]`` positions of the tokens in their text; None where there are none, or only an image's (Qwen-VL's
+    ``[3, B, T]``). Of its ``[4, B, T]`` the first are the text's."""
+    if not isinstance(position_ids, Tensor):
+        return None
+    if position_ids.dim() == 3 and position_ids.shape[0] == 4:
+        return position_ids[0]
+    return position_ids if position_ids.dim() == 2 else None
 
 
 def documents_of(
@@ -123,20 +154,24 @@ def documents_of(
     of a row counts as one document. ``before`` ``[B]`` are the documents that rows with a state are in: they go on with
     them unless ``explicit`` ids say otherwise.
     """
-    packed = isinstance(position_ids, Tensor) and position_ids.dim() == 2
-    if explicit is None and attention_mask is None and not packed:
+    positions = text_positions(position_ids)
+    if explicit is None and attention_mask is None and positions is None:
         return None  # without asking the device, as each step of decoding does
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
     real = torch.ones(batch, tokens, dtype=torch.bool, device=device)
     if attention_mask is not None:
+        if attention_mask.shape[1] < tokens:
+            raise ValueError(
+                f"attention_mask tells of {attention_mask.shape[1]} tokens and the call has {tokens}; it must be "
+                "[B, T], or [B, past + T] where tokens were read before"
+            )
         real = attention_mask[:, -tokens:].to(device).bool()
     if explicit is not None:
-        if explicit.shape != (batch, tokens):
-            raise ValueError(f"document_ids must be [B, T] = [{batch}, {tokens}]; got {[*explicit.shape]}")
+        check_documents(explicit, batch, tokens, "document_ids")
         real = real & (explicit.to(device) >= 0)
         ids = explicit.to(device)
-    elif packed:
-        ids = _packed_documents(position_ids.to(device).expand(batch, -1), real)
+    elif positions is not None:
+        ids = _packed_documents(positions.to(device).expand(batch, -1), real)
     if carry:
         ids = torch.zeros_like(ids)
     regular = bool(real.all() & (ids == ids[:, :1]).all())

@@ -10,8 +10,10 @@ import sys
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from inlay.fastweight.causal_lm import base_model
 from inlay.fastweight.errors import AttachError
 
 
@@ -99,6 +101,16 @@ class Decoder:
         while isinstance(projection, nn.Module) and (below := _wrapped_linear(projection)):
             parent, name, projection = projection, below, getattr(projection, below)  # LoRA came first: go below it
         if mlp is not None and parent is not None and isinstance(projection, nn.Linear | Conv1D):
+            if name not in parent._modules:
+                raise AttachError(
+                    f"{self.projection!r} of block {index} is inside a {type(parent).__name__}, which runs a copy of "
+                    "it. Attach the memory first, or leave the MLP out of PEFT's modules_to_save"
+                )
+            if sum(other is block for other in self.blocks) > 1:
+                raise AttachError(
+                    f"block {index} stands in the model more than once, and a memory keeps one sum for each place: "
+                    "choose a block that stands there once"
+                )
             return Site(index, block, mlp, parent, name, projection, replaced)
         if isinstance(projection, nn.Module):
             raise AttachError(
@@ -169,7 +181,7 @@ def find_decoder(model: nn.Module, projection: str | None = None) -> Decoder:
     kyutai = _kyutai_decoder(model)
     if kyutai is not None:
         return kyutai
-    for module in model.modules():
+    for module in _decoding_part(model).modules():
         model_type = getattr(getattr(module, "config", None), "model_type", "")
         if model_type not in _text_types(model):  # the audio or vision tower of a composite model
             continue
@@ -194,6 +206,13 @@ def _kyutai_decoder(model: nn.Module) -> Decoder | None:
             projection = "linear2" if blocks[0].gating is None else "gating.linear_out"
             return Decoder(module.transformer, blocks, projection, module, ("forward_text",), "checkpointing")
     return None
+
+
+def _decoding_part(model: nn.Module) -> nn.Module:
+    """The model, less its encoder if it has one."""
+    inner = base_model(model)
+    encodes = isinstance(inner, PreTrainedModel) and inner.config.is_encoder_decoder
+    return inner.get_decoder() if encodes else model
 
 
 def _text_types(model: nn.Module) -> set[str]:

@@ -19,7 +19,7 @@ from transformers import Cache
 from inlay.fastweight.causal_lm import base_model, cache_among, forward_arguments
 from inlay.fastweight.checkpointing import unwrap_checkpointing, wrap_checkpointing
 from inlay.fastweight.config import FastWeightConfig
-from inlay.fastweight.context import ContextHolder, ForwardContext, documents_of, first_tensor
+from inlay.fastweight.context import ContextHolder, ForwardContext, documents_of, first_tensor, text_positions
 from inlay.fastweight.errors import MemoryGoneError
 from inlay.fastweight.families import Decoder, Site
 from inlay.fastweight.layer import FastWeightProjection, capture_mlp_input
@@ -62,10 +62,10 @@ class ForwardHooks:
         self._holder = holder
         self._on_backward = on_backward
         self._parameters_of_forward = forward_arguments(decoder.module)
-        self._warned = False
-        self._running: list[int] = []
+        self._warned: set[str] = set()
         self._handles: list[RemovableHandle] = []
         outer = {id(m): m for m in (model, base_model(model), decoder.model, decoder.module) if m is not None}
+        self._arguments = [forward_arguments(module) for module in outer.values()]
         for depth, module in enumerate(outer.values()):
             enter, leave = functools.partial(self._enter, depth), functools.partial(self._leave, depth)
             self._handles += [
@@ -84,7 +84,7 @@ class ForwardHooks:
     def configure(self, config: FastWeightConfig) -> None:
         """Follow another configuration from the next forward on."""
         self._config = config
-        self._warned = False
+        self._warned.clear()
 
     def remove(self) -> None:
         """Take every hook off."""
@@ -101,20 +101,24 @@ class ForwardHooks:
         self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before the model or its decoder runs: open the context, take ``document_ids`` out of the arguments."""
-        if self._running and depth <= self._running[-1]:  # left behind by a forward that was interrupted (Ctrl-C)
-            self._close()
-        if not self._running:
-            self._holder.current = ForwardContext()
-        self._running.append(depth)
         context = self._holder.current
-        assert context is not None
+        if context is not None and context.running and depth <= context.running[-1]:
+            self._close()  # left behind by a forward that was interrupted (Ctrl-C)
+            context = None
+        if context is None:
+            context = self._holder.current = ForwardContext()
+        outermost = not context.running
+        context.running.append(depth)
         kwargs = dict(kwargs)
         explicit = kwargs.pop("document_ids", None)
         if explicit is not None:
             context.explicit = explicit
         # Composite models make their masks before they call the decoder; the padding is in what they were given.
-        if _is_padding_mask(kwargs.get("attention_mask")):
-            context.attention_mask = kwargs["attention_mask"]
+        mask = _mask_of_tokens(self._arguments[depth], args, kwargs)
+        if _is_padding_mask(mask):
+            context.attention_mask = mask
+        elif outermost and mask is not None:
+            context.opaque_mask = True
         if module is self._decoder.module:
             self._prepare(context, args, kwargs)
         return args, kwargs
@@ -134,10 +138,19 @@ class ForwardHooks:
     @torch.compiler.disable
     def _leave(self, depth: int, module: nn.Module, args: Any, output: Any) -> None:
         """After it, or after an error in it."""
-        self._running = [running for running in self._running if running < depth]
         context = self._holder.current
-        if module is self._decoder.module and context is not None:
+        if context is None:
+            return
+        context.running = [running for running in context.running if running < depth]
+        if module is self._decoder.module:
             unwrap_checkpointing(context)
+            if output is not None and context.tokens and not context.ran:
+                self._warn_once(
+                    "bypassed",
+                    "no layer of the memory ran in this forward: the blocks work around the modules that hold it, as "
+                    "some PEFT methods do, or were skipped. Detach the memory, or leave its down projections out of "
+                    "what they change",
+                )
             if output is not None and context.steps is not None:
                 context.steps.advance(context.tokens)
             elif output is not None:
@@ -145,14 +158,13 @@ class ForwardHooks:
                 values = values if isinstance(values, tuple) else (values,)
                 self._watch_backward(values)
                 self._keep_state(context, values)
-        if not self._running:
+        if not context.running:
             self._close()
 
     def _close(self) -> None:
         """Forget the context of the forward that is over."""
         if self._holder.current is not None:
             unwrap_checkpointing(self._holder.current)
-        self._running = []
         self._holder.current = None
 
     def _watch_backward(self, output: tuple[Any, ...]) -> None:
@@ -196,6 +208,8 @@ class ForwardHooks:
             return
         context.parallel = self.parallel
         context.state = self._find_state(given)
+        if self.session is not None:
+            self._refuse_reading_again(self.session, given)
         if context.parallel is not None and context.state is not None:
             raise StateError(
                 "context parallelism reads whole sequences at once, without a state: pass use_cache=False, outside "
@@ -214,6 +228,13 @@ class ForwardHooks:
                 f"memory.session(batch_size={batch}), or repeat its rows with session.select"
             )
         mask, positions = given.get("attention_mask"), given.get("position_ids")
+        if context.opaque_mask and context.explicit is None and text_positions(positions) is None:
+            self._warn_once(
+                "mask",
+                "the attention mask is not [B, T], so the memory cannot tell padding from it and reads all tokens. If "
+                "some are padding, pass document_ids with -1 there, or attach to the whole model and give it a mask "
+                "[B, T]",
+            )
         context.documents = documents_of(
             batch,
             length,
@@ -232,23 +253,40 @@ class ForwardHooks:
             context.state.interrupted = True
         training = self._decoder.module.training and torch.is_grad_enabled()
         alone = context.state is None and context.parallel is None
-        if training and not self._warned and alone and length <= self._config.chunk_size:
-            self._warned = True
-            warnings.warn(
+        if training and alone and length <= self._config.chunk_size:
+            self._warn_once(
+                "never read",
                 f"training on sequences of {length} tokens with chunk_size={self._config.chunk_size}: what the "
                 "memory writes is never read in them, so it gets no gradient. Use longer sequences or smaller chunks",
-                stacklevel=2,
             )
+
+    def _refuse_reading_again(self, session: MemoryState, given: Mapping[str, Any]) -> None:
+        """A session reads each token once; ``generate`` without a KV cache gives all of them again and again."""
+        ids = given.get("input_ids")
+        if cache_among(given) is not None or not isinstance(ids, Tensor):
+            return
+        read, session.last_ids = session.last_ids, None
+        if read is not None and ids.shape[1] == read.shape[1] + 1 > 2 and torch.equal(ids[:, :-1], read):
+            raise StateError(
+                "this call begins with all tokens of the last one, as generate does without a KV cache: the session "
+                "has read them already. Generate with use_cache=True, or give the new tokens alone"
+            )
+        session.last_ids = ids
+
+    def _warn_once(self, what: str, text: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(text, stacklevel=3)
 
     def _refuse_unnamed(self, context: ForwardContext, tokens: Tensor, positions: Any) -> None:
         """On all ranks, whatever each was given: whoever asks the others alone waits for ever."""
         named = context.explicit is not None or self._config.boundary == "carry"
-        told = isinstance(positions, Tensor) and positions.dim() == 2 and not named
+        held = None if named else text_positions(positions)
         shape = tokens.shape[:2]
         none = torch.full(shape, -1, dtype=torch.long, device=tokens.device)
         documents = torch.zeros_like(none) if context.documents is None else context.documents
-        held = positions.to(tokens.device).expand(shape) if told else none
-        refuse_unnamed_documents(held, documents if told else none, context.parallel)
+        told = (none, none) if held is None else (held.to(tokens.device).expand(shape), documents)
+        refuse_unnamed_documents(*told, context.parallel)
 
     def _begun(self, batch: int, device: torch.device) -> Tensor | None:
         """The document that each row may go on with where the tokens before are on another rank; None on one alone."""
@@ -288,7 +326,8 @@ class ForwardHooks:
         if state is None or state.length != length:
             raise StateError(
                 f"the KV cache holds {length} tokens but the memory has read {state.length if state else 0}: it "
-                "was filled before attach or within memory.disabled(). Read the context again with the memory on"
+                "was filled before attach, within memory.disabled(), in training mode, or with a prefix that is no "
+                "text (prefix tuning). Read the context again with the memory on"
             )
         return state
 
@@ -321,6 +360,14 @@ class ForwardHooks:
         context = self._holder.current
         if context is not None and context.x0 is None:
             context.x0 = first_tensor(args, kwargs)
+
+
+def _mask_of_tokens(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The attention mask of the decoder's tokens among a forward's arguments; an encoder has one of its own."""
+    name = "decoder_attention_mask" if "decoder_attention_mask" in names else "attention_mask"
+    if name in kwargs:
+        return kwargs[name]
+    return args[names.index(name)] if name in names[: len(args)] else None
 
 
 def _counts(context: ForwardContext, rows: int) -> Tensor:

@@ -120,7 +120,6 @@ class FastWeightProjection(nn.Module):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.target = TargetGenerator(self.out_features, config, dtype=dtype, device=weight.device)
         self.train(base.training)
-        self.mlp_input: Tensor | None = None
         self.representation: Representation = "auto"
         self.statistics = Statistics(weight.device)
         self.observer: Callable[[Observation], None] | None = None
@@ -166,13 +165,14 @@ class FastWeightProjection(nn.Module):
         if z.dim() != 3:
             raise ValueError(f"the memory of block {self.index} expects [B, T, F]; got {[*z.shape]}")
         x = self._source(context, z)
+        context.ran.add(self.index)
         if context.steps is not None:
             return context.steps.read(self, z, x)
         return self._apply_memory(z, x, context)
 
     def _source(self, context: ForwardContext, z: Tensor) -> Tensor:
         """What the target is made from, ``[B, T, D]``."""
-        x, self.mlp_input = (self.mlp_input if self.config.target == "hidden" else context.x0), None
+        x = context.mlp_inputs.pop(self.index, None) if self.config.target == "hidden" else context.x0
         if x is None:
             raise RuntimeError(f"the memory of block {self.index} was not given {self.config.target!r} for its target")
         if x.shape != (*z.shape[:2], self.out_features):
@@ -324,4 +324,6 @@ def capture_mlp_input(
     layer: FastWeightProjection, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """A forward pre-hook of the MLP for ``target="hidden"``: note its input ``[B, T, D]``."""
-    layer.mlp_input = first_tensor(args, kwargs)
+    context = layer.holder.current
+    if context is not None:
+        context.mlp_inputs[layer.index] = first_tensor(args, kwargs)

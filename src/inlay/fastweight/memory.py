@@ -53,6 +53,8 @@ def attach(model: nn.Module, config: FastWeightConfig) -> Memory:
     Raises:
         AttachError: The configuration does not fit the model, or it has a memory already. The model is unchanged.
     """
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"attach takes a model that is loaded (from_pretrained); got {type(model).__name__}")
     if not isinstance(config, FastWeightConfig):
         raise AttachError(f"attach takes a FastWeightConfig; got {type(config).__name__}: inlay.FastWeightConfig(**…)")
     if find_memory(model) is not None:
@@ -253,7 +255,8 @@ class Memory:
     def save_pretrained(self, directory: str | Path, *, base: bool = True) -> None:
         """Write ``memory.safetensors`` and ``memory.json``: the memory's tensors and whatever of the base was trained.
 
-        PEFT adapters are saved by PEFT (``model.save_pretrained``). Old files stay until the new ones are whole.
+        PEFT adapters are saved by PEFT (``model.save_pretrained``). Old files stay until the new ones are whole. What
+        was trained are the tensors that a backward of this process has been through, and those that :meth:`load` gave.
 
         Args:
             directory: Made if it is not there.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay.fastweight.chunks import chunk_layout
+from inlay.fastweight.chunks import check_documents, chunk_layout
 from inlay.fastweight.scan import ScanPlan, scan
 from inlay.fastweight.state import FastWeightState
 
@@ -89,12 +89,14 @@ def check_operands(
         raise ValueError(f"weight must be [D, F] = {[v.shape[-1], z.shape[-1]]}; got {[*weight.shape]}")
     if z.dtype != weight.dtype and not torch.is_autocast_enabled(z.device.type):
         raise ValueError(f"z and weight must have one dtype outside autocast; got {z.dtype} and {weight.dtype}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
+    if not z.is_floating_point():
+        raise ValueError(f"z must be of a floating-point dtype; got {z.dtype}")
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a whole number of at least 1; got {chunk_size!r}")
     if not 0.0 <= exposure <= 1.0:
         raise ValueError(f"exposure must lie in [0, 1]; got {exposure}")
-    if documents is not None and documents.shape != z.shape[:2]:
-        raise ValueError(f"documents must be [B, T] = {[*z.shape[:2]]}; got {[*documents.shape]}")
+    if documents is not None:
+        check_documents(documents, *z.shape[:2])
     if state is not None:
         expected = (z.shape[0], v.shape[-1], z.shape[-1])
         if tuple(state.sum.shape) != expected or state.chunk_size != chunk_size:

@@ -35,6 +35,7 @@ class MemoryState:
             before the first call.
         rows: The number of rows it was made for (by a session); None: what the first call brings.
         interrupted: Whether a forward that went on from it has not ended well.
+        last_ids: ``[B, T]`` tokens of the last call, if it came without a KV cache.
     """
 
     def __init__(self, rows: int | None = None) -> None:
@@ -43,6 +44,7 @@ class MemoryState:
         self.counts: Tensor | None = None
         self.rows = rows
         self.interrupted = False
+        self.last_ids: Tensor | None = None
         self._phases: list[int] | None = None
 
     @property
@@ -101,7 +103,8 @@ class MemoryState:
     def reset(self, rows: Tensor | None = None) -> None:
         """Forget everything, or what the rows where ``rows`` ``[B]`` (bool) holds have read."""
         if rows is None:
-            self.layers, self.length, self.counts, self.interrupted, self._phases = {}, 0, None, False, None
+            self.length, self.counts, self.interrupted = 0, None, False
+            self._replace({})
         else:
             if self.counts is not None:
                 self.counts = self.counts.masked_fill(rows.cpu().unsqueeze(1), 0)
@@ -143,6 +146,7 @@ class MemoryState:
     def _replace(self, layers: dict[int, FastWeightState]) -> None:
         self.layers = layers
         self._phases = None
+        self.last_ids = None
 
 
 def state_of(cache: Cache | None) -> MemoryState | None:

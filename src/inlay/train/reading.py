@@ -38,6 +38,7 @@ from inlay.softtoken.layout import PromptLayout
 from inlay.softtoken.objectives import read
 from inlay.softtoken.prompting import BoundLayout
 from inlay.softtoken.tokens import SoftTokens
+from inlay.train.callback import FiniteMemory
 from inlay.train.compress_data import ByContext, ContextCollator
 from inlay.train.compress_recipe import check_compress_trainer
 from inlay.train.directory import (
@@ -53,7 +54,6 @@ from inlay.train.directory import (
 from inlay.train.loss_parts import LossTrainer
 from inlay.train.pretrained import load_causal_lm, with_lora
 from inlay.train.recipe import LoraSection, ModelSection
-from inlay.train.trainer import FiniteMemory
 from inlay.train.weights import ADAPTER, MEMORY, load_weights, save_weights
 from inlay.train.yaml_recipe import Section, read_recipe
 

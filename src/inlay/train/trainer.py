@@ -18,6 +18,7 @@ from inlay.data.packing import NO_LABEL
 from inlay.fastweight import Memory
 from inlay.files import write_whole
 from inlay.sliced_loss import label_nats, nats_of, whole_logits
+from inlay.train.callback import FiniteMemory
 from inlay.train.monitor import PREFIX, MemoryMonitor
 from inlay.train.resuming import ResumableTrainer
 from inlay.train.weights import load_weights, save_weights
@@ -154,17 +155,6 @@ class InlayTrainer(ResumableTrainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(best_checkpoint(self.state, self.args)))
-
-
-class FiniteMemory(TrainerCallback):
-    """Stops the run when the memory holds or gives NaN, naming layer and step."""
-
-    def __init__(self, memory: Memory) -> None:
-        self.memory = memory
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """After each optimizer step."""
-        self.memory.raise_if_not_finite(state.global_step)
 
 
 class MetricsFile(TrainerCallback):

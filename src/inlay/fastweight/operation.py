@@ -87,10 +87,10 @@ def check_operands(
         raise ValueError(f"z must be [B, T, F] and v [B, T, D] of the same B and T; got {[*z.shape]} and {[*v.shape]}")
     if tuple(weight.shape) != (v.shape[-1], z.shape[-1]):
         raise ValueError(f"weight must be [D, F] = {[v.shape[-1], z.shape[-1]]}; got {[*weight.shape]}")
-    if z.dtype != weight.dtype and not torch.is_autocast_enabled(z.device.type):
-        raise ValueError(f"z and weight must have one dtype outside autocast; got {z.dtype} and {weight.dtype}")
     if not z.is_floating_point():
         raise ValueError(f"z must be of a floating-point dtype; got {z.dtype}")
+    if z.dtype != weight.dtype and not torch.is_autocast_enabled(z.device.type):
+        raise ValueError(f"z and weight must have one dtype outside autocast; got {z.dtype} and {weight.dtype}")
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size must be a whole number of at least 1; got {chunk_size!r}")
     if not 0.0 <= exposure <= 1.0:

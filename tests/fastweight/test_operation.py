@@ -266,3 +266,16 @@ def test_what_does_not_fit_is_refused(form: Callable[..., Any], change: dict, me
     z, v, weight = operands(30, torch.float32)
     with pytest.raises(ValueError, match=message):
         form(**{"z": z, "v": v, "weight": weight, "eta": 0.1, "chunk_size": 7, **change})
+
+
+@pytest.mark.parametrize("form", [fast_weight_linear, fast_weight_linear_reference])
+def test_an_infinite_target_in_an_open_chunk_stays_out_of_the_sum(form: Callable[..., Any]) -> None:
+    z, v, weight = operands(14, torch.float64)
+    documents = torch.zeros(B, 14, dtype=torch.long)
+    documents[1, 9:] = -1  # its second chunk of 7 stays open
+    v = v.detach().clone()
+    v[1, 8] = float("inf")
+    with torch.no_grad():
+        out, state = form(z, v, weight, eta=0.1, chunk_size=7, documents=documents)
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(state.sum).all()

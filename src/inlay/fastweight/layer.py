@@ -17,7 +17,7 @@ from inlay.fastweight.context import ContextHolder, ForwardContext, first_tensor
 from inlay.fastweight.deferred import break_even, products_after
 from inlay.fastweight.families import projection_shape
 from inlay.fastweight.parallel import sum_before
-from inlay.fastweight.scan import ScanPlan, add_product, operand, scan
+from inlay.fastweight.scan import ScanPlan, add_product, in_rows, operand, scan
 from inlay.fastweight.state import FastWeightState
 from inlay.fastweight.streaming import StateError
 from inlay.fastweight.target import TargetGenerator
@@ -271,7 +271,7 @@ class FastWeightProjection(nn.Module):
         v, scale = self._targets(state.z, state.x)
         if scale is not None:
             self.statistics.count(scale, (full,))
-        v = v * full.view(-1, 1, 1)
+        v = in_rows(v, full)
         norms = update_norms(state.z, v, self.config.chunk_size)
         state.log(norms * full.unsqueeze(1), full.unsqueeze(1) * (1.0 if scale is None else scale))
         with torch.autocast(state.z.device.type, enabled=False):

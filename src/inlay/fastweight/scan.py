@@ -235,6 +235,14 @@ def add_product(target: Tensor, a: Tensor, b: Tensor, alpha: float, *, overwrite
         target.add_(torch.bmm(a, b.to(a.dtype)), alpha=alpha)
 
 
+def in_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """``x`` ``[B, ·, ·]`` where ``rows`` ``[B]`` holds, zero elsewhere.
+
+    Not the product with the mask: what an open chunk gives could be infinite, and 0 · ∞ is not 0.
+    """
+    return x.masked_fill(~rows.view(-1, 1, 1), 0)
+
+
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
 
@@ -256,5 +264,5 @@ def _write(total: Tensor, zi: Tensor, vi: Tensor, chunk: _Chunk, alpha: float) -
     if chunk.writes is False:
         return
     if isinstance(chunk.writes, Tensor):
-        vi = vi * chunk.writes.view(-1, 1, 1)
+        vi = in_rows(vi, chunk.writes)
     add_product(total, vi.mT, zi, alpha)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from inlay.fastweight.clip import update_norms
-from inlay.fastweight.scan import add_product, operand
+from inlay.fastweight.scan import add_product, in_rows, operand
 from inlay.fastweight.state import FastWeightState
 from inlay.fastweight.streaming import StateError
 
@@ -227,8 +227,7 @@ class StepState:
         scales = torch.ones_like(buffers.last[:, :1]) if scale is None else scale
         norms = update_norms(buffers.z, v, self.chunk_size)
         buffers.last.copy_(torch.where(full.unsqueeze(1), torch.cat([norms, scales], 1).to(buffers.last), buffers.last))
-        # Not a product with the mask: what an open chunk gives could be infinite, and 0 · ∞ is not 0.
-        v = v.masked_fill(~full.view(-1, 1, 1), 0)
+        v = in_rows(v, full)
         with torch.autocast(v.device.type, enabled=False):
             add_product(buffers.sum, operand(v).mT, operand(buffers.z), 1.0)
         for buffer in (buffers.z, buffers.x):

@@ -80,18 +80,18 @@ def hear(
     """
     from inlay.devices import chosen_device
     from inlay.fastweight import find_memory
-    from inlay.moshi.duplex import RunError, Voice, load_moshi
+    from inlay.moshi.duplex import DuplexError, Voice, load_moshi
     from inlay.moshi.run import require_place, run_file
     from inlay.moshi.run_report import write_run
     from inlay.report.numbers import short
 
     if run is not None and (checkpoint is not None or finetuned is not None):
-        raise RunError("a run has a checkpoint and trained weights of its own; give --run alone")
+        raise DuplexError("a run has a checkpoint and trained weights of its own; give --run alone")
     for what, path in (("answer", target), ("session", session), ("report", report)):
         if path is not None:
             require_place(path, what, source)
     if target.suffix.lower() != ".wav":
-        raise RunError(f"the answer is written as WAV; call it {target.with_suffix('.wav')}")
+        raise DuplexError(f"the answer is written as WAV; call it {target.with_suffix('.wav')}")
     where = chosen_device(device)
     with errors.status("loading Moshi"):
         if run is not None:

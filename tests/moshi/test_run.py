@@ -20,7 +20,7 @@ from inlay import cli
 from inlay.data import DataError
 from inlay.fastweight.streaming import StateError
 from inlay.moshi.commits import CommitLog
-from inlay.moshi.duplex import Moshi, RunError, Voice, _Pieces, load_moshi
+from inlay.moshi.duplex import DuplexError, Moshi, Voice, _Pieces, load_moshi
 from inlay.moshi.lm_gen import MemoryLMGen
 from inlay.moshi.run import run_file
 from inlay.moshi.run_report import run_sections, write_run
@@ -135,17 +135,17 @@ class TestFile:
         with wave.open(str(tmp_path / "three.wav"), "wb") as file:
             file.setparams((3, 2, RATE, 0, "NONE", ""))
             file.writeframes(bytes(3 * 2 * FRAME))
-        with pytest.raises(RunError, match=r"three\.wav has 3 channels; give mono, or stereo with the user"):
+        with pytest.raises(DuplexError, match=r"three\.wav has 3 channels; give mono, or stereo with the user"):
             run_file(moshi, tmp_path / "three.wav", out)
-        with pytest.raises(RunError, match="holds no samples"):
+        with pytest.raises(DuplexError, match="holds no samples"):
             run_file(moshi, recording(tmp_path / "empty.wav", sound(0)), out)
         heard = recording(tmp_path / "in.wav", sound(1))
         before = heard.read_bytes()
-        with pytest.raises(RunError, match=r"the answer would be written over .*in\.wav, which is heard"):
+        with pytest.raises(DuplexError, match=r"the answer would be written over .*in\.wav, which is heard"):
             run_file(moshi, heard, tmp_path / "." / "in.wav")
-        with pytest.raises(RunError, match=r"the answer cannot be written to .*: (Not a directory|File exists)"):
+        with pytest.raises(DuplexError, match=r"the answer cannot be written to .*: (Not a directory|File exists)"):
             run_file(moshi, heard, heard / "out.wav")
-        with pytest.raises(RunError, match=r"the session cannot be written to .*: (Not a directory|File exists)"):
+        with pytest.raises(DuplexError, match=r"the session cannot be written to .*: (Not a directory|File exists)"):
             run_file(moshi, heard, out, session=heard / "session")
         assert heard.read_bytes() == before
         damaged = tmp_path / "session"
@@ -160,7 +160,7 @@ class TestFile:
     def test_a_model_without_a_voice_is_refused(self, moshi: Moshi) -> None:
         listener = tiny_lm(memory=False)
         listener.dep_q = 0
-        with pytest.raises(RunError, match="ears only listens"):
+        with pytest.raises(DuplexError, match="ears only listens"):
             Moshi(listener, moshi.mimi, moshi.text_tokenizer, "ears")
 
     def test_a_tokenizer_that_does_not_know_all_text_tokens_is_refused(
@@ -168,7 +168,7 @@ class TestFile:
     ) -> None:
         monkeypatch.setattr(moshi.lm, "text_card", 32_000)
         known = moshi.text_tokenizer.get_piece_size()
-        with pytest.raises(RunError, match=f"speaks 32,000 text tokens, its tokenizer knows {known:,}"):
+        with pytest.raises(DuplexError, match=f"speaks 32,000 text tokens, its tokenizer knows {known:,}"):
             Moshi(moshi.lm, moshi.mimi, moshi.text_tokenizer)
 
     def test_weights_are_not_widened(self, checkpoint: Path) -> None:
@@ -357,7 +357,7 @@ def test_command(checkpoint: Path, moshi: Moshi, tmp_path: Path) -> None:
         "--report",
         str(tmp_path / "r"),
     ]
-    with pytest.raises(RunError, match=r"the answer is written as WAV; call it .*out\.wav"):
+    with pytest.raises(DuplexError, match=r"the answer is written as WAV; call it .*out\.wav"):
         CliRunner().invoke(cli.app, [*arguments[:3], str(tmp_path / "out.mp3"), *arguments[4:]], catch_exceptions=False)
     result = CliRunner().invoke(cli.app, [*arguments, *options, "--seed", "0"])
     assert result.exit_code == 0, result.output

@@ -36,7 +36,7 @@ from inlay.moshi.weights import CONFIG_NAME, is_conditioned, load_checkpoint
 Samples = NDArray[np.float32]
 
 
-class RunError(InlayError, ValueError):
+class DuplexError(InlayError, ValueError):
     """This model cannot hold a conversation, or this recording cannot be heard; the message says why."""
 
 
@@ -84,12 +84,12 @@ class Moshi:
     def __post_init__(self) -> None:
         who = self.source or "this model"
         if self.lm.dep_q == 0:
-            raise RunError(f"{who} only listens (its dep_q is 0): it has no voice to answer with")
+            raise DuplexError(f"{who} only listens (its dep_q is 0): it has no voice to answer with")
         if is_conditioned(self.lm):
-            raise RunError(f"{who} wants conditions (it has a fuser), which a conversation does not give")
+            raise DuplexError(f"{who} wants conditions (it has a fuser), which a conversation does not give")
         pieces, tokens = self.text_tokenizer.get_piece_size(), self.lm.text_card
         if pieces < tokens:
-            raise RunError(
+            raise DuplexError(
                 f"{who} speaks {tokens:,} text tokens, its tokenizer knows {pieces:,}: it is another model's"
             )
 
@@ -213,7 +213,7 @@ def load_moshi(
     Raises:
         MoshiWeightsError: There is no such checkpoint.
         CheckpointError: What was trained is damaged or of another model.
-        RunError: The model cannot hold a conversation.
+        DuplexError: The model cannot hold a conversation.
     """
     checkpoint = load_checkpoint(source, device=device, dtype=dtype)
     if finetuned is None or not (Path(finetuned) / CONFIG_NAME).is_file():

@@ -16,7 +16,7 @@ from inlay.data.audio_reader import blocks, read_header
 from inlay.fastweight.memory import find_memory
 from inlay.files import replacing
 from inlay.moshi.commits import Commit
-from inlay.moshi.duplex import Duplex, Moshi, Reply, RunError, Samples, Voice
+from inlay.moshi.duplex import Duplex, DuplexError, Moshi, Reply, Samples, Voice
 from inlay.moshi.streaming import stream_of
 
 _BLOCK_SECONDS = 30
@@ -99,8 +99,8 @@ def run_file(
 
     Raises:
         DataError: The recording is missing or cannot be read.
-        RunError: It has more than two channels or no samples, or the answer or the session could not be written where
-            it is wanted; said before anything is heard.
+        DuplexError: It has more than two channels or no samples, or the answer or the session could not be written
+            where it is wanted; said before anything is heard.
         CheckpointError: The session is damaged or of another model.
     """
     source = Path(source)
@@ -140,26 +140,26 @@ def require_place(path: Path, what: str, source: Path | None = None) -> None:
     """Make the folder in which ``path`` will be written, before the time is spent on what goes there.
 
     Raises:
-        RunError: There can be no such folder, or ``path`` is what is heard.
+        DuplexError: There can be no such folder, or ``path`` is what is heard.
     """
     if source is not None and path.resolve() == source.resolve():
-        raise RunError(f"the {what} would be written over {source}, which is heard; give it another name")
+        raise DuplexError(f"the {what} would be written over {source}, which is heard; give it another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"the {what} cannot be written to {path}: {error.strerror} ({error.filename})") from None
+        raise DuplexError(f"the {what} cannot be written to {path}: {error.strerror} ({error.filename})") from None
     if not os.access(path.parent, os.W_OK):
-        raise RunError(f"the {what} cannot be written to {path}: {path.parent} is read-only")
+        raise DuplexError(f"the {what} cannot be written to {path}: {path.parent} is read-only")
 
 
 def _user_frames(path: Path, rate: int, frame_size: int) -> tuple[Iterator[Samples], int]:
     """The user's voice in frames at ``rate``, the last one filled up with silence, and how many there are."""
     header = read_header(path)
     if header.channels > 2:
-        raise RunError(f"{path} has {header.channels} channels; give mono, or stereo with the user on the right")
+        raise DuplexError(f"{path} has {header.channels} channels; give mono, or stereo with the user on the right")
     samples = header.samples if header.sample_rate == rate else round(header.samples * rate / header.sample_rate)
     if samples == 0:
-        raise RunError(f"{path} holds no samples")
+        raise DuplexError(f"{path} holds no samples")
 
     def voice() -> Iterator[Samples]:
         if header.sample_rate == rate:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
+from inlay import cli
 from inlay.cli import app
 
 
@@ -37,3 +41,24 @@ def test_wishes_that_cannot_be_had_are_explained(wishes: list[str]) -> None:
     result = CliRunner().invoke(app, ["plan", "reach", *wishes])
     assert result.exit_code == 2
     assert "Invalid value" in result.output
+
+
+@pytest.mark.parametrize("command", [["plan", "memory"], ["doctor"]])
+@pytest.mark.parametrize("config", [None, "{"])
+def test_a_model_that_cannot_be_had_is_told_with_the_key_that_names_it(
+    command: list[str],
+    config: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    arguments = ["src/inlay/recipes/qwen3.yaml", f"model.name_or_path={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["inlay", *command, *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    told = capsys.readouterr().err
+    assert f"cannot load the model {tmp_path}: " in told
+    assert "model.name_or_path is a hub id, or a folder that save_pretrained wrote" in told

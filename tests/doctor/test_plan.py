@@ -22,7 +22,7 @@ from inlay import FastWeightConfig, attach, sliced_loss
 from inlay.doctor import dry_run as dry_run_module
 from inlay.doctor.dry_run import PlanError, TrainingStep, dry_run
 from inlay.doctor.findings import Severity
-from inlay.doctor.plan import RecipePlan, plan_recipe, training_step
+from inlay.doctor.plan import RecipePlan, _model_config, plan_recipe, training_step
 from inlay.doctor.plan_step import PORT_COPIES, longest_tokens, materialised_bytes, plan_memory
 from inlay.fastweight import FastWeightProjection
 from inlay.report import Report, render_report
@@ -305,6 +305,11 @@ def test_within_a_tenth_of_the_budget_is_a_warning_and_below_it_nothing(over: Re
     assert (tight.code, tight.severity) == ("memory.tight", Severity.WARNING)
     assert replace(over, budget_bytes=int(1.2 * peak)).findings() == []
     assert replace(over, budget_bytes=None).findings() == []
+
+
+def test_flash_attention_is_planned_as_sdpa() -> None:
+    flash = recipe(model=recipe().model.model_dump() | {"attn_implementation": "flash_attention_2"})
+    assert _model_config(flash, vocab_size=100)._attn_implementation == "sdpa"
 
 
 def test_where_nothing_fits_the_fix_says_what_helps_most(over: RecipePlan) -> None:

@@ -6,16 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import AutoConfig, TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
 from inlay.data import Data, TextConfig
 from inlay.fastweight import FastWeightConfig
-
-if TYPE_CHECKING:  # the trainer's callbacks import the doctor
-    from inlay.train import Recipe
+from inlay.train.pretrained import model_config
+from inlay.train.recipe import Recipe, RecipeError
 
 TYPICAL_STD = 0.02
 """Standard deviation of the weights of a model that does not tell its own (``initializer_range``)."""
@@ -147,18 +146,13 @@ class TextCase(Case):
         return self.recipe.data
 
     @cached_property
-    def architecture(self) -> Any:
+    def architecture(self) -> PreTrainedConfig:
         """The model's transformers configuration. Raises :class:`NotChecked` if it cannot be had."""
-        section = self.recipe.model
         try:
-            if section.config is not None:
-                config = AutoConfig.for_model(**section.config)
-            else:  # never runs code that comes with a model, nor asks whether it may
-                config = AutoConfig.from_pretrained(section.name_or_path, trust_remote_code=False)
-        except Exception as error:  # from transformers' own to the network's
-            reason = str(error).strip().partition("\n")[0]
-            raise NotChecked(f"not checked: the model's configuration cannot be read ({reason})") from error
-        return config
+            return model_config(self.recipe.model)
+        except RecipeError as error:
+            reason = str(error).partition("\n")[0]
+            raise NotChecked(f"not checked: {reason}") from error
 
     def size(self, name: str) -> int:
         """A size of the decoder. Raises :class:`NotChecked` if its configuration does not tell."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from inlay.data import BpeTokenizer, RecallConfig, TextConfig
 from inlay.data.recall import RecallDataset
@@ -22,6 +22,7 @@ from inlay.doctor.plan_report import GB, TIGHT, Alternative, LengthCost, RecipeP
 from inlay.doctor.plan_step import MOST_TOKENS, LongestFit, MemoryPlan, longest_tokens, plan_memory
 from inlay.doctor.reach_plan import chunks_in
 from inlay.fastweight import FastWeightConfig
+from inlay.train.pretrained import model_config
 from inlay.train.recipe import Recipe, RecipeError
 
 __all__ = [
@@ -63,7 +64,7 @@ def plan_recipe(
         progress: Called with what is about to be run.
 
     Raises:
-        RecipeError: The recipe has no memory.
+        RecipeError: The recipe has no memory, or its model cannot be had.
         PlanError: The model cannot be run without its numbers.
     """
     if recipe.memory is None:
@@ -155,20 +156,11 @@ def plan_step(
 def _model_config(recipe: Recipe, vocab_size: int | None) -> PreTrainedConfig:
     """The architecture alone; flash attention, which may not be installed here, stands in by SDPA's own."""
     section = recipe.model
-    attention = section.attn_implementation
-    if attention is not None and "flash" in attention:
-        attention = "sdpa"
-    options = {} if attention is None else {"attn_implementation": attention}
-    if section.name_or_path is not None:
-        return AutoConfig.from_pretrained(section.name_or_path, **options)
-    assert section.config is not None
-    fields = dict(section.config)
-    if "vocab_size" not in fields:
-        fields["vocab_size"] = vocab_size if vocab_size is not None else _vocab_size(recipe)
-    try:
-        return AutoConfig.for_model(**fields, **options)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"model.config: {error}") from error
+    if "flash" in (section.attn_implementation or ""):
+        section = section.model_copy(update={"attn_implementation": "sdpa"})
+    if section.config is None or "vocab_size" in section.config:
+        return model_config(section)
+    return model_config(section, vocab_size=_vocab_size(recipe) if vocab_size is None else vocab_size)
 
 
 def _vocab_size(recipe: Recipe) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from inlay.train.recipe import LoraSection, ModelSection
@@ -28,10 +28,30 @@ def load_causal_lm(place: str | Path, section: ModelSection, key: str = "model")
     try:  # a missing or damaged folder, no network, a gated repository, an unknown attention: errors of many kinds
         return AutoModelForCausalLM.from_pretrained(place, dtype=section.dtype, **_attention(section))
     except Exception as error:
-        raise RecipeError(
-            f"cannot load the {key} {place}: {error}\n{key}.name_or_path is a hub id, or a folder that save_pretrained "
-            "wrote"
-        ) from error
+        raise _not_loaded(place, key, error) from error
+
+
+def model_config(section: ModelSection, key: str = "model", **defaults: Any) -> PreTrainedConfig:
+    """The architecture alone. Runs no code that comes with a model, nor asks whether it may.
+
+    Args:
+        section: The recipe's.
+        key: Of the section, for the message.
+        defaults: What the config says where ``section.config`` does not.
+
+    Raises:
+        RecipeError: It cannot be loaded, or its sizes do not go together.
+    """
+    options = _attention(section)
+    if section.config is None:
+        try:  # as many kinds of errors
+            return AutoConfig.from_pretrained(section.name_or_path, trust_remote_code=False, **options)
+        except Exception as error:
+            raise _not_loaded(section.name_or_path, key, error) from error
+    try:
+        return AutoConfig.for_model(**{**defaults, **section.config, **options})
+    except Exception as error:
+        raise RecipeError(f"{key}: cannot be built: {error}") from error
 
 
 def untrained_causal_lm(
@@ -48,10 +68,9 @@ def untrained_causal_lm(
     Raises:
         RecipeError: Its sizes do not go together, or the attention is unknown.
     """
-    assert section.config is not None
-    try:  # errors of many kinds here too
-        config = AutoConfig.for_model(**{**defaults, **section.config})
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention(section))
+    config = model_config(section, key, **defaults)
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
         raise RecipeError(f"{key}: cannot be built: {error}") from error
 
@@ -70,6 +89,11 @@ def with_lora(model: PreTrainedModel, section: LoraSection | None, key: str = "l
         return get_peft_model(model, config)
     except ValueError as error:
         raise RecipeError(f"{key}: {error}") from error
+
+
+def _not_loaded(place: str | Path | None, key: str, error: Exception) -> RecipeError:
+    fix = f"{key}.name_or_path is a hub id, or a folder that save_pretrained wrote"
+    return RecipeError(f"cannot load the {key} {place}: {error}\n{fix}")
 
 
 def _attention(section: ModelSection) -> dict[str, Any]:

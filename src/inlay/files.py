@@ -109,6 +109,35 @@ def write_folder(folder: Path, save: Callable[[Path], object], is_whole: Callabl
         _flush_names(folder.parent)
 
 
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(folder: Path, busy: Exception) -> Iterator[None]:
+    """Within it this process alone writes to ``folder``. The lock ends with the process, however that ends.
+
+    Args:
+        folder: Gets a file ``.lock``. Where the system or the file system has no locks, nothing is locked.
+        busy: Raised where another process is within.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise busy from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def remove_abandoned(folder: Path, name: str | None = None) -> None:
     """Remove from ``folder`` what killed processes of this machine left there of writing ``name``, or any file."""
     pattern = re.compile(rf"\.{'.+' if name is None else re.escape(_label(name))}\.{_machine()}-(\d+)\.\w+\.tmp")

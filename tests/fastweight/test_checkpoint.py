@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import inlay
 from inlay import CheckpointError, NonFiniteMemoryError
 from inlay.fastweight import checkpoint
+from inlay.files import sha256
 from tests.fastweight.families import BY_NAME, MODELS, Model, hook_counts, modules_of, snapshot
 
 LLAMA = BY_NAME["llama"]
@@ -139,7 +140,7 @@ def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], None]) -> Non
     safetensors.torch.save_file(tensors, directory / TENSORS)
     header = json.loads((directory / HEADER).read_text())
     header["tensors"] = {name: [*t.shape] for name, t in tensors.items()}
-    header["sha256"] = checkpoint._digest(directory / TENSORS)
+    header["sha256"] = sha256(directory / TENSORS)
     (directory / HEADER).write_text(json.dumps(header))
 
 

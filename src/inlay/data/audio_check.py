@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from inlay.data.audio import MAIN_SPEAKER, SAMPLE_RATE, AudioFile, Transcript, Word, read_manifests, read_transcript
 from inlay.data.audio_reader import AudioHeader, read_header, require_end
 from inlay.data.problems import DataError, Problems
+from inlay.files import sha256
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -253,22 +253,13 @@ def find_duplicates(files: Sequence[AudioFile]) -> dict[int, list[Finding]]:
         elif path.is_file():
             by_size[path.stat().st_size].append(index)
     for candidates in by_size.values():
-        first_of_hash: dict[bytes, int] = {}
+        first_of_hash: dict[str, int] = {}
         for index in candidates if len(candidates) > 1 else ():
-            first = first_of_hash.setdefault(hash_file(files[index].path), index)
+            first = first_of_hash.setdefault(sha256(files[index].path), index)
             if first != index:
                 reason = f"audio {files[index].path} has the content of {files[first].path}, at {files[first].where}"
                 found[index].append(Finding("duplicate", files[index].where, reason))
     return found
-
-
-def hash_file(path: Path) -> bytes:
-    """SHA-256 of a file's bytes."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.digest()
 
 
 class _Listed(Problems):

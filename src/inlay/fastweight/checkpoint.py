@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from inlay.fastweight.config import FastWeightConfig
 from inlay.fastweight.errors import CheckpointError
 from inlay.fastweight.families import Decoder
 from inlay.fastweight.layer import FastWeightProjection
-from inlay.files import replacing_together
+from inlay.files import replacing_together, sha256
 
 TENSORS = "memory.safetensors"
 HEADER = "memory.json"
@@ -83,7 +82,7 @@ def write(
     }
     with replacing_together(directory / HEADER) as new:
         save_file(tensors, new / TENSORS, metadata={"format": "pt"})
-        header["sha256"] = _digest(new / TENSORS)
+        header["sha256"] = sha256(new / TENSORS)
         (new / HEADER).write_text(json.dumps(header, indent=2) + "\n")
 
 
@@ -111,7 +110,7 @@ def read(directory: Path) -> SavedMemory:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / HEADER} is not a memory's header: {error}") from error
-    if _digest(directory / TENSORS) != digest:
+    if sha256(directory / TENSORS) != digest:
         raise CheckpointError(
             f"{directory / TENSORS} is damaged or is not of the same save as {HEADER}: its checksum differs. "
             "Copy both files again, or take an earlier save"
@@ -171,8 +170,3 @@ def load_tensors(
     with torch.no_grad():
         for name, tensor in saved.tensors.items():
             available[name].copy_(tensor)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,9 +11,9 @@ not encoded again, and changed ones are.
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from time import monotonic
@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from inlay.data.audio import AudioFile, Return
 from inlay.data.problems import DataError
-from inlay.files import remove_abandoned, replacing, write_whole
+from inlay.files import locked, remove_abandoned, replacing, write_whole
 
 INDEX_NAME = "index.json"
 FORMAT = 1
@@ -187,7 +187,9 @@ class CodesWriter:
             self.directory.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise DataError(f"{self.directory}: OUT is a folder, and here is a file; choose another name") from None
-        self._lock = _lock(self.directory)
+        busy = DataError(f"{self.directory}: another `inlay moshi encode` is writing there; wait for it")
+        self._lock = ExitStack()
+        self._lock.enter_context(locked(self.directory, busy))
         self.stored: dict[tuple[str, str], StoredFile] = {}
         self._next = 0
         try:
@@ -259,18 +261,6 @@ class CodesWriter:
 
 def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
-
-
-def _lock(directory: Path) -> Any:
-    file = (directory / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise DataError(f"{directory}: another `inlay moshi encode` is writing there; wait for it") from None
-    except OSError:  # a file system without locks
-        pass
-    return file
 
 
 def _read_index(directory: Path) -> dict[str, Any]:

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from inlay.data.audio import MAIN_SPEAKER, SAMPLE_RATE, AudioFile
-from inlay.data.audio_check import Conversation, hash_file, sound_conversations
+from inlay.data.audio_check import Conversation, sound_conversations
 from inlay.data.audio_reader import blocks
 from inlay.data.config import OnError
 from inlay.data.problems import DataError, Problems
+from inlay.files import sha256
 from inlay.moshi.codes import BLOCK_SECONDS, mimi_codes
 from inlay.moshi.codes_store import SHARD_FRAMES, CodesIdentity, CodesWriter, FileStamp, StoredFile
 from inlay.moshi.interleave import FRAME_RATE, Interleaver
@@ -156,7 +157,7 @@ class _Known:
             return known
         if audio.stat().st_size not in self.sizes:
             return None
-        return self.stored.get((hash_file(audio).hex(), hash_file(transcript).hex()))
+        return self.stored.get((sha256(audio), sha256(transcript)))
 
 
 class _Told:
@@ -218,7 +219,7 @@ def _told_blocks(path: Path, tell: Callable[[float], None] | None) -> Iterator[n
 
 def _stamp(path: Path) -> FileStamp:
     status = path.stat()
-    return FileStamp(str(path.resolve()), status.st_size, status.st_mtime_ns, hash_file(path).hex())
+    return FileStamp(str(path.resolve()), status.st_size, status.st_mtime_ns, sha256(path))
 
 
 _Results = Iterator[tuple[Conversation, _Encoded | DataError]]

@@ -8,10 +8,10 @@ audio needs no 15 GB language model, and training on codes needs no Mimi.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from moshi.models.lm import LMModel
 from sentencepiece import SentencePieceProcessor
 
 from inlay.fastweight.errors import InlayError
+from inlay.files import sha256
 
 CONFIG_NAME = "config.json"
 _WITHOUT_CONFIG = {
@@ -78,14 +79,14 @@ class MoshiCheckpoint:
     @cached_property
     def mimi_hash(self) -> str:
         """SHA-256 of Mimi's weights and sizes: codes of two Mimis with one hash can be mixed."""
-        digest = sha256(json.dumps(self.info.mimi_config, sort_keys=True).encode())
-        digest.update(_file_hash(self.info.mimi_weights))
+        digest = hashlib.sha256(json.dumps(self.info.mimi_config, sort_keys=True).encode())
+        digest.update(bytes.fromhex(sha256(self.info.mimi_weights)))
         return digest.hexdigest()
 
     @cached_property
     def tokenizer_hash(self) -> str:
         """SHA-256 of the text tokenizer's file."""
-        return _file_hash(self.info.tokenizer).hex()
+        return sha256(self.info.tokenizer)
 
     @property
     def codebooks(self) -> int:
@@ -179,11 +180,3 @@ def _info_of_repository(repository: str) -> loaders.CheckpointInfo:
         raise MoshiWeightsError(
             f"{repository}: no such folder here, and the hub did not give it ({type(error).__name__}: {error})"
         ) from error
-
-
-def _file_hash(path: Path) -> bytes:
-    digest = sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.digest()

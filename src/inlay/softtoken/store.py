@@ -16,17 +16,16 @@ yet written and nothing else.
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
-from inlay.files import remove_abandoned
+from inlay.files import locked, remove_abandoned
 from inlay.softtoken.compressors import Compressor
 from inlay.softtoken.layout import PromptLayout
 from inlay.softtoken.prompting import BoundLayout
@@ -48,7 +47,6 @@ __all__ = ["SoftTokenStore", "StoreError", "StoreHeader", "StoreWriter", "Stored
 
 SHARD_BYTES = 2**28
 SHARD_SECONDS = 30.0
-LOCK = ".lock"
 _SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
 
 
@@ -232,8 +230,9 @@ class StoreWriter:
             raise StoreError(
                 f"{self.path} holds other files ({sorted(foreign)[0]}, …); give the store a folder of its own"
             )
+        busy = StoreError(f"another process is writing to {self.path}; wait for it, or stop it")
         with ExitStack() as stack:  # lets go of the lock if what is there is refused
-            stack.enter_context(_locked(self.path))
+            stack.enter_context(locked(self.path, busy))
             remove_abandoned(self.path)
             if _shards(self.path):
                 store = SoftTokenStore.open(self.path)
@@ -312,21 +311,3 @@ def _number(shard: Path) -> int:
     match = _SHARD.fullmatch(shard.name)
     assert match is not None
     return int(match[1])
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """This process alone writes to ``folder``. The lock ends with the process, however that ends."""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    with (folder / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreError(f"another process is writing to {folder}; wait for it, or stop it") from error
-        except OSError:  # a file system without locks
-            pass
-        yield

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from inlay import __version__
+from inlay.fastweight.session_file import hash_tensors
 from inlay.files import replacing
 from inlay.softtoken.compressors import Compressor, describe_model
 from inlay.softtoken.errors import SoftTokenError
@@ -140,7 +141,7 @@ class StoreFile:
         except (SafetensorError, OSError, IndexError) as error:
             raise StoreError(f"{self.path} cannot be read: {error}") from error
         for index, slots in zip(indices, read, strict=True):
-            if _digest(slots) != self.digests[index]:
+            if hash_tensors(slots) != self.digests[index]:
                 raise StoreError(
                     f"{self.path} is damaged, or was written anew since it was opened: the slots of "
                     f"{self.documents[index].id!r} do not have their checksum. Take another copy, or remove the file "
@@ -162,7 +163,7 @@ def write_file(path: Path, header: StoreHeader, documents: Sequence[StoredDocume
         "header": asdict(header),
         "tensors": {name: [str(t.dtype), [*t.shape[1:]]] for name, t in tensors.items()},
         "documents": [asdict(document) for document in documents],
-        "digests": [_digest(one) for one in slots],
+        "digests": [hash_tensors(one) for one in slots],
     }
     metadata = {"kind": KIND} | {name: json.dumps(value) for name, value in content.items()}
     metadata["sha256"] = _metadata_digest(metadata)
@@ -278,15 +279,6 @@ def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     if odd == ["weights"]:
         return ["of the same shape, with other weights"]
     return [f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in odd if key != "weights"]
-
-
-def _digest(slots: Slots) -> str:
-    """SHA-256 over names, dtypes, shapes and every bit of one document's slots."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(slots.items()):
-        digest.update(f"{name} {tensor.dtype} {[*tensor.shape]} ".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _metadata_digest(metadata: Mapping[str, str]) -> str:

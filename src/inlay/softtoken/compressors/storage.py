@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inlay import __version__
-from inlay.files import replacing_together
+from inlay.files import replacing_together, sha256
 from inlay.softtoken.compressors.adapter import adapter_parameters
 from inlay.softtoken.compressors.config import CONFIG, BaseCompressorConfig
 from inlay.softtoken.compressors.errors import CompressorError
@@ -63,7 +63,7 @@ def save(compressor: Compressor[Any], directory: Path) -> None:
             "inlay": __version__,
             "config": compressor.config.model_dump(mode="json"),
             "model": describe_model(compressor.lm.model),
-            "sha256": {file: _digest(new / file) for file in files},
+            "sha256": {file: sha256(new / file) for file in files},
         }
         (new / HEADER).write_text(json.dumps(header, indent=2) + "\n")
 
@@ -91,7 +91,7 @@ def read(directory: Path) -> tuple[BaseCompressorConfig, dict[str, Any], dict[st
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise CompressorError(f"{path} is not a compressor's header: {error}") from error
     for file, digest in digests.items():
-        if not (directory / file).is_file() or _digest(directory / file) != digest:
+        if not (directory / file).is_file() or sha256(directory / file) != digest:
             raise CompressorError(
                 f"{directory / file} is missing, damaged or not of the same save as {HEADER}: its checksum differs. "
                 "Copy the directory again, or take an earlier save"
@@ -181,8 +181,3 @@ def _plain_name(name: str) -> str:
 
 def _plain(tensors: dict[str, Any]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

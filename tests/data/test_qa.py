@@ -152,6 +152,9 @@ def test_lines_are_read_with_answers_in_every_form(tmp_path: Path) -> None:
     assert data.train[0] == QAExample("rows.jsonl:1", "c1", "who?", ("me",))
 
 
+NUL = "likely UTF-16 without a byte order mark, or no text; save it as UTF-8"
+
+
 def test_a_line_that_cannot_be_used_is_named_by_its_number_and_field(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [
@@ -165,6 +168,8 @@ def test_a_line_that_cannot_be_used_is_named_by_its_number_and_field(tmp_path: P
         '{"context": "c", "question": "q", "answers": ""}',
         '{"context": "c", "question": "q", "answers": {"start": 1}}',
         '{"context": "\\ud800", "question": "q", "answers": "a"}',
+        '{"context": "c\\u0000", "question": "q", "answers": "a"}',
+        '{"context": "c\0", "question": "q", "answers": "a"}',
         '{"context": "c2", "question": "q", "answers": "a", "name": true}',
     ]
     path.write_text("\n".join(rows))
@@ -179,6 +184,8 @@ def test_a_line_that_cannot_be_used_is_named_by_its_number_and_field(tmp_path: P
         f"{path}:8: field 'answers' is empty; an unanswerable question has an empty list",
         f"{path}:9: has no field 'text' (its fields: 'start') in answers",
         f"{path}:10: field 'context' holds half a surrogate pair (character 0)",
+        f"{path}:11: field 'context' holds a NUL character (character 1): {NUL}",
+        f"{path}:12: holds a NUL character (offset 14 of the line): {NUL}",
     ]
     ids = problems_of(source="jsonl", path=write_lines(tmp_path / "id.jsonl", json.loads(rows[-1])), id_field="name")
     assert ids == [f"{tmp_path}/id.jsonl:1: field 'name' should be a string or a number; got True"]

@@ -61,7 +61,27 @@ class SquadConfig(_ReadConfig):
     """Evaluation data, likewise. Without it, articles are held out by the hash of their title."""
 
 
-class JsonlConfig(_ReadConfig):
+class FlatConfig(_ReadConfig):
+    """Records of one question each, and how their keys or columns are called."""
+
+    context_field: str = Field("context", min_length=1)
+    """Key or column of the text that is asked about."""
+
+    title_field: str | None = None
+    """Key or column of a title: contexts of one title are held out together."""
+
+    question_field: str = Field("question", min_length=1)
+    """Key or column of the question."""
+
+    answers_field: str = Field("answers", min_length=1)
+    """Key or column of the answers: a string, a list of strings, or SQuAD's `{"text": [...]}`. An empty list is
+    unanswerable."""
+
+    id_field: str | None = None
+    """Key or column of an id that is unique in its set; file and line, or split and row, when not given."""
+
+
+class JsonlConfig(FlatConfig):
     """Files with one JSON object per line and question."""
 
     source: Literal["jsonl"]
@@ -73,23 +93,8 @@ class JsonlConfig(_ReadConfig):
     eval_path: Paths | None = None
     """Evaluation data, likewise. Without it, contexts are held out by their hash."""
 
-    context_field: str = Field("context", min_length=1)
-    """Key of the text that is asked about."""
 
-    title_field: str | None = None
-    """Key of a title: contexts of one title are held out together."""
-
-    question_field: str = Field("question", min_length=1)
-    """Key of the question."""
-
-    answers_field: str = Field("answers", min_length=1)
-    """Key of the answers: a string, a list of strings, or SQuAD's `{"text": [...]}`; an empty list is unanswerable."""
-
-    id_field: str | None = None
-    """Key of an id that is unique in its set; file and line when not given."""
-
-
-class DatasetQAConfig(_ReadConfig):
+class DatasetQAConfig(FlatConfig):
     """Whatever `datasets.load_dataset` opens, one question per row. Columns as in the `squad` and `squad_v2` sets."""
 
     source: Literal["dataset"]
@@ -106,21 +111,6 @@ class DatasetQAConfig(_ReadConfig):
 
     eval_split: str | None = None
     """Split to evaluate on. Without it, contexts are held out by their hash."""
-
-    context_field: str = Field("context", min_length=1)
-    """Column of the text that is asked about."""
-
-    title_field: str | None = None
-    """Column of a title, as in `JsonlConfig`."""
-
-    question_field: str = Field("question", min_length=1)
-    """Column of the question."""
-
-    answers_field: str = Field("answers", min_length=1)
-    """Column of the answers, as in `JsonlConfig`."""
-
-    id_field: str | None = None
-    """Column of an id that is unique in its split; split and row number when not given."""
 
 
 class FactsConfig(_Config):

@@ -6,18 +6,26 @@ row, or the path through the JSON and the question's id) and what would mend it.
 
 from __future__ import annotations
 
-import gzip
-import json
 import reprlib
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from inlay.data.config import Paths
+from inlay.data.json_lines import (
+    JSONL,
+    READ_ERRORS,
+    UnusableError,
+    get_field,
+    get_identifier,
+    open_binary,
+    parse_json,
+    read_json_lines,
+    sound_text,
+)
 from inlay.data.problems import DataError, Problems
-from inlay.data.qa_config import DatasetQAConfig, JsonlConfig
+from inlay.data.qa_config import DatasetQAConfig, FlatConfig, JsonlConfig
 from inlay.data.sources import cannot_open, find_files
 
 _UNANSWERABLE = "an unanswerable question has an empty list"
@@ -48,10 +56,6 @@ class Record(NamedTuple):
     group: str
 
 
-class _UnusableError(Exception):
-    """A record that cannot be used; the message says why and what to do."""
-
-
 def read_squad(paths: Paths, problems: Problems) -> Iterator[Record]:
     """Yield the questions of files in the format of SQuAD v1.1 or v2.0.
 
@@ -59,11 +63,12 @@ def read_squad(paths: Paths, problems: Problems) -> Iterator[Record]:
     """
     for path, _ in find_files(paths, suffixes=(".json", ".json.gz")):
         try:
-            with _open_binary(path) as file:
-                content = _parse(file.read())
-        except _UnusableError as error:
-            problems.report(str(path), str(error))
-        except (OSError, EOFError, zlib.error) as error:
+            with open_binary(path) as file:
+                content = parse_json(file.read())
+        except UnusableError as error:
+            hint = "; for one question per line, set source: jsonl" if "Extra data" in str(error) else ""
+            problems.report(str(path), f"{error}{hint}")
+        except READ_ERRORS as error:
             problems.report(str(path), f"cannot be read ({error})")
         else:
             yield from _squad_records(path, content, problems)
@@ -71,24 +76,13 @@ def read_squad(paths: Paths, problems: Problems) -> Iterator[Record]:
 
 def read_qa_jsonl(paths: Paths, config: JsonlConfig, problems: Problems) -> Iterator[Record]:
     """Yield one question per line of `.jsonl` and `.jsonl.gz` files; lines of white space are no lines."""
-    for path, name in find_files(paths, suffixes=(".jsonl", ".jsonl.gz")):
-        number, blank = 0, True
-        try:
-            with _open_binary(path) as lines:
-                for number, line in enumerate(lines, 1):
-                    if not line.strip():
-                        continue
-                    blank = False
-                    where = f"{path}:{number}"
-                    try:
-                        yield _flat_record(where, _parse(line.strip()), f"{name}:{number}", config)
-                    except _UnusableError as error:
-                        problems.report(where, str(error))
-        except (OSError, EOFError, zlib.error) as error:
-            problems.report(f"{path}:{number + 1}", f"cannot be read ({error})")
-            continue
-        if blank:
-            problems.report(str(path), "holds no text" if number else "is empty")
+    for path, name in find_files(paths, suffixes=JSONL):
+        for number, row in read_json_lines(path, problems):
+            where = f"{path}:{number}"
+            try:
+                yield _flat_record(where, row, f"{name}:{number}", config)
+            except UnusableError as error:
+                problems.report(where, str(error))
 
 
 def read_qa_dataset(split: str, config: DatasetQAConfig, problems: Problems) -> Iterator[Record]:
@@ -114,7 +108,7 @@ def read_qa_dataset(split: str, config: DatasetQAConfig, problems: Problems) -> 
         where = f"{name}:{index}"
         try:
             yield _flat_record(where, row, f"{split}:{index}", config)
-        except _UnusableError as error:
+        except UnusableError as error:
             problems.report(where, str(error))
         index += 1
 
@@ -122,8 +116,8 @@ def read_qa_dataset(split: str, config: DatasetQAConfig, problems: Problems) -> 
 def _squad_records(path: Path, content: object, problems: Problems) -> Iterator[Record]:
     def children(where: str, parent: object, key: str, hint: str = "") -> list[object]:
         try:
-            return _list(_field(parent, key, hint), key)
-        except _UnusableError as error:
+            return _list(get_field(parent, key, hint), key)
+        except UnusableError as error:
             problems.report(where, str(error))
             return []
 
@@ -133,7 +127,7 @@ def _squad_records(path: Path, content: object, problems: Problems) -> Iterator[
             where = f"{path}:data[{i}].paragraphs[{j}]"
             try:
                 context = _text(paragraph, "context")
-            except _UnusableError as error:
+            except UnusableError as error:
                 problems.report(where, str(error))
                 continue
             title = cast(Mapping[str, object], article).get("title")
@@ -142,31 +136,31 @@ def _squad_records(path: Path, content: object, problems: Problems) -> Iterator[
                 place = f"{where}.qas[{k}]"
                 try:
                     yield Record(place, _squad_example(question, context), group)
-                except _UnusableError as error:
+                except UnusableError as error:
                     problems.report(place, str(error))
 
 
 def _squad_example(question: object, context: str) -> QAExample:
-    name = _identifier(question, "id")
+    name = get_identifier(question, "id")
     try:
         asked = _text(question, "question").strip()
-        answers = _answers(_field(question, "answers", ": " + _UNANSWERABLE), "answers")
-    except _UnusableError as error:
-        raise _UnusableError(f"(id {name}) {error}") from error
+        answers = _answers(get_field(question, "answers", ": " + _UNANSWERABLE), "answers")
+    except UnusableError as error:
+        raise UnusableError(f"(id {name}) {error}") from error
     impossible = cast(Mapping[str, object], question).get("is_impossible", False)
     if not isinstance(impossible, bool) or impossible == bool(answers):
-        raise _UnusableError(
+        raise UnusableError(
             f"(id {name}) has {len(answers)} answers and is_impossible {impossible!r}: "
             "a question without answers has is_impossible true, one with answers false"
         )
     return QAExample(name, context, asked, answers)
 
 
-def _flat_record(where: str, row: object, default_id: str, config: JsonlConfig | DatasetQAConfig) -> Record:
+def _flat_record(where: str, row: object, default_id: str, config: FlatConfig) -> Record:
     context = _text(row, config.context_field, ": set context_field")
     question = _text(row, config.question_field, ": set question_field").strip()
-    answers = _answers(_field(row, config.answers_field, ": set answers_field"), config.answers_field)
-    name = default_id if config.id_field is None else _identifier(row, config.id_field)
+    answers = _answers(get_field(row, config.answers_field, ": set answers_field"), config.answers_field)
+    name = default_id if config.id_field is None else get_identifier(row, config.id_field)
     title = context if config.title_field is None else _text(row, config.title_field)
     return Record(where, QAExample(name, context, question, answers), title)
 
@@ -176,69 +170,32 @@ def _answers(value: object, what: str) -> tuple[str, ...]:
     if isinstance(value, str):
         return (_checked(value, what).strip(),)
     if isinstance(value, Mapping):
-        value, what = _field(value, "text", f" in {what}"), f"{what}.text"
+        value, what = get_field(value, "text", f" in {what}"), f"{what}.text"
         if isinstance(value, str):
             return (_checked(value, what).strip(),)
     texts = []
     for index, answer in enumerate(_list(value, what, f"; {_UNANSWERABLE}")):
         place = f"{what}[{index}]"
         if isinstance(answer, Mapping):
-            answer, place = _field(answer, "text", f" in {place}"), f"{place}.text"
+            answer, place = get_field(answer, "text", f" in {place}"), f"{place}.text"
         texts.append(_checked(answer, place).strip())
     return tuple(texts)
 
 
-def _identifier(record: object, key: str) -> str:
-    value = _field(record, key)
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise _UnusableError(f"field {key!r} should be a string or a number; got {reprlib.repr(value)}")
-    return str(value)
-
-
 def _text(record: object, key: str, hint: str = "") -> str:
-    return _checked(_field(record, key, hint), key)
-
-
-def _field(record: object, key: str, hint: str = "") -> object:
-    if not isinstance(record, Mapping):
-        raise _UnusableError(f"should be a JSON object; got {reprlib.repr(record)}")
-    if key not in record:
-        keys = ", ".join(map(repr, list(record)[:8])) or "none"
-        raise _UnusableError(f"has no field {key!r} (its fields: {keys}){hint}")
-    return record[key]
+    return _checked(get_field(record, key, hint), key)
 
 
 def _list(value: object, what: str, hint: str = "") -> list[object]:
     if not isinstance(value, list):
-        raise _UnusableError(f"field {what!r} should be a list; got {reprlib.repr(value)}{hint}")
+        raise UnusableError(f"field {what!r} should be a list; got {reprlib.repr(value)}{hint}")
     return value
 
 
 def _checked(value: object, what: str) -> str:
     if not isinstance(value, str):
-        raise _UnusableError(f"field {what!r} should be a string; got {reprlib.repr(value)}")
+        raise UnusableError(f"field {what!r} should be a string; got {reprlib.repr(value)}")
     if not value.strip():
         hint = f"; {_UNANSWERABLE}" if "answer" in what else ""
-        raise _UnusableError(f"field {what!r} is empty{hint}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _UnusableError(f"field {what!r} holds half a surrogate pair (character {error.start})") from error
-    return value
-
-
-def _parse(content: bytes) -> object:
-    try:
-        return json.loads(content.decode("utf-8").removeprefix("\ufeff"))
-    except UnicodeDecodeError as error:
-        raise _UnusableError(f"is not UTF-8 (byte 0x{content[error.start]:02x} at offset {error.start})") from error
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        hint = "; for one question per line, set source: jsonl" if error.msg == "Extra data" else ""
-        raise _UnusableError(f"is no JSON ({error.msg}, {line}column {error.colno}){hint}") from error
-    except (ValueError, RecursionError) as error:
-        raise _UnusableError(f"is no JSON that can be read ({error})") from error
-
-
-def _open_binary(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+        raise UnusableError(f"field {what!r} is empty{hint}")
+    return sound_text(value, f"field {what!r}")

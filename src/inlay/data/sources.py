@@ -8,25 +8,28 @@ everywhere.
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
-import json
-import reprlib
 import sysconfig
 import tokenize
-import zlib
 from collections.abc import Iterator
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 from inlay.data.config import Paths, TextConfig
+from inlay.data.json_lines import (
+    JSONL,
+    UnusableError,
+    get_field,
+    get_identifier,
+    holds_nul,
+    not_utf8,
+    read_json_lines,
+    sound_text,
+)
 from inlay.data.problems import DataError, Problems
 
 Split = Literal["train", "eval"]
-
-JSONL = (".jsonl", ".jsonl.gz")
-"""How names of files with a JSON object on each line end."""
 
 # Installed packages are not the library; tests hold files that break on purpose; tables of characters and the
 # one-file copy of the language reference are generated, and would be the longest documents of all.
@@ -133,11 +136,11 @@ def read_files(paths: Paths, problems: Problems) -> Iterator[Document]:
             text = content.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
-            problems.report(f"{path}:{line}", _undecodable(content[error.start], error.start))
+            problems.report(f"{path}:{line}", not_utf8(content[error.start], error.start))
             continue
         if (start := content.find(b"\0")) >= 0:
             line = content.count(b"\n", 0, start) + 1
-            problems.report(f"{path}:{line}", _holds_nul(f"offset {start}"))
+            problems.report(f"{path}:{line}", holds_nul(f"offset {start}"))
         elif text.strip():
             yield Document(name, text)
         else:
@@ -165,26 +168,16 @@ def read_jsonl_file(
         problems: takes what cannot be read.
         id_field: key of a string or number by which a line is called instead, where it has one.
     """
-    number, blank, seen = 0, True, dict[str, int]()
-    try:
-        with _open_binary(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                blank = False
-                document = _document_of_line(line, f"{name}:{number}", text_field, id_field)
-                if isinstance(document, _Bad):
-                    problems.report(f"{path}:{number}", document.reason)
-                elif id_field is not None and seen.setdefault(document.name, number) != number:
-                    first = seen[document.name]
-                    problems.report(f"{path}:{number}", f"has the {id_field} {document.name!r}, as line {first} has")
-                else:
-                    yield document
-    except (OSError, EOFError, zlib.error) as error:
-        problems.report(f"{path}:{number + 1}", f"cannot be read ({error})")
-    else:
-        if blank:
-            problems.report(str(path), "holds no text" if number else "is empty")
+    seen = dict[str, int]()
+    for number, row in read_json_lines(path, problems):
+        try:
+            document = _document_of_row(row, f"{name}:{number}", text_field, id_field)
+            if id_field is not None and (first := seen.setdefault(document.name, number)) != number:
+                raise UnusableError(f"has the {id_field} {document.name!r}, as line {first} has")
+        except UnusableError as error:
+            problems.report(f"{path}:{number}", str(error))
+        else:
+            yield document
 
 
 def cannot_open(name: str, split: str, error: Exception) -> DataError:
@@ -217,9 +210,10 @@ def read_dataset(
     index, batch = 0, first
     while batch is not None:
         for value in batch[text_field]:
-            text = _checked_text(value, f"column {text_field!r}")
-            if isinstance(text, _Bad):
-                problems.report(f"{where}:{index}", text.reason)
+            try:
+                text = _checked_text(value, f"column {text_field!r}")
+            except UnusableError as error:
+                problems.report(f"{where}:{index}", str(error))
             else:
                 yield Document(f"{split}:{index}", text)
             index += 1
@@ -262,55 +256,19 @@ def find_files(paths: Paths, suffixes: tuple[str, ...] = ("",)) -> list[tuple[Pa
     return list(found.items())
 
 
-class _Bad(NamedTuple):
-    reason: str
-
-
-def _undecodable(byte: int, offset: int) -> str:
-    return f"is not UTF-8 (byte 0x{byte:02x} at offset {offset})"
-
-
-def _holds_nul(place: str) -> str:
-    return f"holds a NUL character ({place}): likely UTF-16 without a byte order mark, or no text; save it as UTF-8"
-
-
-def _document_of_line(line: bytes, place: str, text_field: str, id_field: str | None) -> Document | _Bad:
-    if (start := line.find(b"\0")) >= 0:
-        return _Bad(_holds_nul(f"offset {start} of the line"))
-    try:
-        row = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
-    except UnicodeDecodeError as error:
-        return _Bad(_undecodable(line[error.start], error.start) + " of the line")
-    except json.JSONDecodeError as error:
-        return _Bad(f"is no JSON ({error.msg}, column {error.colno})")
-    except (ValueError, RecursionError) as error:
-        return _Bad(f"is no JSON that can be read ({error})")
+def _document_of_row(row: object, place: str, text_field: str, id_field: str | None) -> Document:
     if not isinstance(row, dict):
-        return _Bad(f"is no JSON object but {_json_kind(row)}")
-    if text_field not in row:
-        keys = ", ".join(map(repr, list(row)[:8])) or "none"
-        return _Bad(f"has no field {text_field!r} (its fields: {keys})")
-    text = _checked_text(row[text_field], f"field {text_field!r}")
-    if isinstance(text, _Bad):
-        return text
-    name = place if id_field is None else row.get(id_field, place)
-    if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-        return _Bad(f"field {id_field!r} should be a string or a number; got {reprlib.repr(name)}")
-    return Document(str(name), text)
+        raise UnusableError(f"is no JSON object but {_json_kind(row)}")
+    text = _checked_text(get_field(row, text_field), f"field {text_field!r}")
+    return Document(get_identifier(row, id_field) if id_field is not None and id_field in row else place, text)
 
 
-def _checked_text(text: object, what: str) -> str | _Bad:
+def _checked_text(text: object, what: str) -> str:
     if not isinstance(text, str):
-        return _Bad(f"{what} is no string but {_json_kind(text)}")
+        raise UnusableError(f"{what} is no string but {_json_kind(text)}")
     if not text.strip():
-        return _Bad(f"{what} is empty")
-    if (start := text.find("\0")) >= 0:
-        return _Bad(f"{what} {_holds_nul(f'character {start}')}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return _Bad(f"{what} holds half a surrogate pair (character {error.start})")
-    return text
+        raise UnusableError(f"{what} is empty")
+    return sound_text(text, what)
 
 
 def _json_kind(value: object) -> str:
@@ -323,7 +281,3 @@ def _json_kind(value: object) -> str:
         float: "a number",
     }
     return kinds.get(type(value), type(value).__name__)
-
-
-def _open_binary(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from inlay.data import Document
 from inlay.data.config import Paths
+from inlay.data.json_lines import JSONL
 from inlay.data.problems import Problems
-from inlay.data.sources import JSONL, find_files, read_files, read_jsonl_file
+from inlay.data.sources import find_files, read_files, read_jsonl_file
 
 
 def read_documents(paths: Paths, *, text_field: str = "text", id_field: str = "id") -> list[Document]:

@@ -23,7 +23,7 @@ from inlay.cli import app, main
 from inlay.data import ByteTokenizer, load_tokenizer
 from inlay.fastweight import CheckpointError
 from inlay.terminal import Chat, memory_table, printable
-from inlay.train import Run, load_run, parse_recipe, train
+from inlay.train import Recipe, Run, check_recipe, load_run, train
 
 MODEL = {
     "model_type": "llama",
@@ -69,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, sections in made.items():
         trainer = {"max_steps": 2, "per_device_train_batch_size": 2, "disable_tqdm": True, "use_cpu": True}
         raw = {"name": name, "model": {"config": MODEL}, "memory": MEMORY, "data": text, "mode": "all"}
-        train(parse_recipe(raw | {"trainer": trainer} | sections), folder / name)
+        train(check_recipe(Recipe, raw | {"trainer": trainer} | sections), folder / name)
     return folder
 
 

@@ -44,9 +44,9 @@ from inlay.report.jsonfile import plain, write_json
 from inlay.softtoken.prompting import in_eval_mode
 from inlay.train.base_lm import full_text_exact_match
 from inlay.train.compress import CompressRun, load_compress_run, train_compressor
-from inlay.train.compress_recipe import CompressRecipe, load_compress_recipe, parse_compress_recipe
+from inlay.train.compress_recipe import CompressRecipe, load_compress_recipe
 from inlay.train.directory import DONE, RECIPE
-from inlay.train.yaml_recipe import dump_recipe
+from inlay.train.yaml_recipe import check_recipe, dump_recipe
 
 DEFAULT = Path(inlay.__file__).parent / "recipes" / "terse.yaml"
 RESULT = "result.json"
@@ -194,7 +194,7 @@ def recipe_of(arm: Arm, base: CompressRecipe, decoder: str, steps: int, ratio: i
         "trainer": raw.get("trainer", {}) | {"max_steps": max(1, steps - before)},
         "evaluate": raw.get("evaluate", {}) | {"ratios": [ratio]},
     }
-    return parse_compress_recipe(raw, arm.name)
+    return check_recipe(CompressRecipe, raw, arm.name)
 
 
 def _sections(recipe: CompressRecipe) -> dict[str, Any]:

@@ -48,7 +48,6 @@ from inlay.report.provenance import provenance
 from inlay.train.compress import CompressRun, load_compress_run, train_compressor
 from inlay.train.compress_recipe import CompressRecipe, load_compress_recipe
 from inlay.train.directory import DONE, RECIPE, refuse_another_run
-from inlay.train.kinds import refuse_other_kinds
 from inlay.train.memories_recipe import MemoriesRecipe
 from inlay.train.pretrained import load_causal_lm
 from inlay.train.reading import ReadingRecipe, ReadingRun, load_reading_run, no_slots, train_reading
@@ -123,9 +122,7 @@ def evaluate_memories(
     """
     known = path is not None and path.is_dir()
     source = Path(str(files("inlay"))) / "recipes" / "memories.yaml" if path is None else path
-    place = source / RECIPE if known else source
-    refuse_other_kinds(place, "memories")
-    recipe = read_recipe(MemoriesRecipe, place, overrides)
+    recipe = read_recipe(MemoriesRecipe, source / RECIPE if known else source, overrides)
     with Progress(console=errors, transient=True) as bar:
 
         def progress(task: str) -> ShowProgress:

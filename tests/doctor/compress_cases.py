@@ -18,14 +18,16 @@ from inlay.softtoken.prompting import BoundLayout
 from inlay.softtoken.tokens import SoftTokens
 from inlay.softtoken.wording import Prompt
 from inlay.train.compress import build_task
-from inlay.train.compress_recipe import CompressRecipe, parse_compress_recipe
+from inlay.train.compress_recipe import CompressRecipe
+from inlay.train.yaml_recipe import check_recipe
 from tests.evaluate import reading
 from tests.softtoken.local import llama, words
 
 
 def recipe(**sections: Any) -> CompressRecipe:
     """A run on whatever examples it is given: its own data are never read."""
-    return parse_compress_recipe(
+    return check_recipe(
+        CompressRecipe,
         {
             "name": "read",
             "decoder": {"name_or_path": "none"},
@@ -33,7 +35,7 @@ def recipe(**sections: Any) -> CompressRecipe:
             "layout": {"question": "{question}", "anchor": "Answer :", "answer_tokens": 9},
             "data": {"source": "jsonl", "path": "none"},
             **sections,
-        }
+        },
     )
 
 

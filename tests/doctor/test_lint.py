@@ -24,7 +24,7 @@ from inlay.doctor.lint import Lint, lint_model, lint_recipe
 from inlay.doctor.lint_checks import CHECKS
 from inlay.fastweight.memory import TrainMode
 from inlay.report import Report, render_report
-from inlay.train import Recipe, load_recipe, parse_recipe, read_metrics, train
+from inlay.train import Recipe, check_recipe, load_recipe, read_metrics, train
 from inlay.train.weights import save_weights
 from tests.fastweight.families import BY_NAME
 
@@ -58,7 +58,7 @@ def recipe(**changes: Any) -> Recipe:
         for section in sections:
             place = place.setdefault(section, {})
         place[key] = value
-    return parse_recipe(raw)
+    return check_recipe(Recipe, raw)
 
 
 def codes(lint: Lint) -> list[str]:

@@ -27,7 +27,7 @@ from inlay.doctor.plan_step import PORT_COPIES, longest_tokens, materialised_byt
 from inlay.fastweight import FastWeightProjection
 from inlay.report import Report, render_report
 from inlay.report.console import print_section
-from inlay.train.recipe import parse_recipe
+from inlay.train.recipe import Recipe, check_recipe
 from inlay.train.trainer import InlayTrainer
 from tests.fastweight.families import qwen3_moe
 
@@ -277,7 +277,7 @@ def recipe(**changes: Any) -> Any:
         "trainer": {"per_device_train_batch_size": 4},
         "doctor": {"budget_gb": 0.02, "frame_rate": 12.5},
     }
-    return parse_recipe(raw | changes)
+    return check_recipe(Recipe, raw | changes)
 
 
 @pytest.fixture(scope="module")

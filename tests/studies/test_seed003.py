@@ -20,8 +20,9 @@ from inlay.fastweight import InlayError
 from inlay.softtoken.compressors import CrossAttentionConfig, build_compressor
 from inlay.softtoken.layout import PromptLayout
 from inlay.softtoken.objectives import ObjectiveInputs
-from inlay.train.compress_recipe import CompressRecipe, parse_compress_recipe
+from inlay.train.compress_recipe import CompressRecipe
 from inlay.train.compress_trainer import CompressTrainer
+from inlay.train.yaml_recipe import check_recipe
 from tests.softtoken.local import llama, words
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "studies"))
@@ -43,7 +44,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> CompressRecipe:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(place)
     facts_tokenizer(FACTS).save_pretrained(place)
-    return parse_compress_recipe(
+    return check_recipe(
+        CompressRecipe,
         {
             "name": "base",
             "decoder": {"name_or_path": str(place)},
@@ -68,7 +70,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> CompressRecipe:
                 "logging_steps": 2,
             },
             "evaluate": {"examples": 8, "batch_size": 8},
-        }
+        },
     )
 
 
@@ -99,17 +101,18 @@ def test_nothing_is_compared_before_the_decoder_answers_from_full_text(base: Com
     stages = {"stages": [{"facts": 2, "max_steps": 1}], "batch_size": 4, "eval_examples": 4}
     config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     config |= {"num_attention_heads": 2, "max_position_embeddings": 128}
-    untaught = parse_compress_recipe(raw | {"decoder": {"config": config}, "base": stages})
+    untaught = check_recipe(CompressRecipe, raw | {"decoder": {"config": config}, "base": stages})
     with pytest.raises(InlayError, match=r"answers 0\.0 % from full text, and arms are compared from 95 % on"):
         study.study(untaught, tmp_path, Console(file=StringIO()), steps=2)
     assert not (tmp_path / "seed-003").exists()
 
 
 def test_what_a_recipe_does_not_do_has_no_arm(base: CompressRecipe) -> None:
-    plain = parse_compress_recipe(
+    plain = check_recipe(
+        CompressRecipe,
         base.model_dump(mode="json", exclude_defaults=True)
         | {"compressor": {"kind": "encoder-pool", "ratios": [4, 8]}, "curriculum": [], "train_ratios": None}
-        | {"muon": None}
+        | {"muon": None},
     )
     *_, before, last = study.cumulative(plain)
     assert (before.name, last.name) == ("+ the recipe's answer budget", "+ encoder-pool")

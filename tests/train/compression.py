@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from inlay.data import FactsConfig, facts_tokenizer
 from inlay.train.compress import CompressRun
-from inlay.train.compress_recipe import CompressRecipe, parse_compress_recipe
+from inlay.train.compress_recipe import CompressRecipe
 from inlay.train.trainer import read_metrics
+from inlay.train.yaml_recipe import check_recipe
 
 DATA = {"source": "facts", "facts": 2, "questions": 2, "tails": 10, "nouns": 24, "adjectives": 6, "eval_examples": 8}
 DECODER = {
@@ -53,7 +54,8 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(place: Path, trainer: dict[str, Any] | None = None, **sections: Any) -> CompressRecipe:
-    return parse_compress_recipe(
+    return check_recipe(
+        CompressRecipe,
         {
             "name": "run",
             "decoder": {"name_or_path": str(place)},
@@ -62,7 +64,7 @@ def recipe(place: Path, trainer: dict[str, Any] | None = None, **sections: Any) 
             "data": DATA,
             "trainer": TRAINER | (trainer or {}),
             **sections,
-        }
+        },
     )
 
 

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from inlay.data import FactsConfig
-from inlay.train.compress_recipe import CompressRecipe, load_compress_recipe, parse_compress_recipe
+from inlay.train.compress_recipe import CompressRecipe, load_compress_recipe
 from inlay.train.compress_trainer import stages
-from inlay.train.yaml_recipe import RecipeError, dump_recipe
+from inlay.train.yaml_recipe import RecipeError, check_recipe, dump_recipe
 
 VALID: dict[str, Any] = {
     "name": "x",
@@ -47,13 +47,13 @@ def test_an_unknown_key_names_its_nearest_neighbour(section: str, key: str, mess
     raw = copy.deepcopy(VALID)
     (raw.setdefault(section, {}) if section else raw)[key] = 1
     with pytest.raises(RecipeError) as error:
-        parse_compress_recipe(raw)
+        check_recipe(CompressRecipe, raw)
     assert message in str(error.value)
 
 
 def test_an_unknown_key_in_a_list_is_named_with_its_neighbour() -> None:
     with pytest.raises(RecipeError, match=r"base\.stages\.0\.max_step: unknown key; did you mean 'max_steps'\?"):
-        parse_compress_recipe(VALID | {"base": {"stages": [{"max_steps": 1, "max_step": 2}]}})
+        check_recipe(CompressRecipe, VALID | {"base": {"stages": [{"max_steps": 1, "max_step": 2}]}})
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_an_unknown_key_in_a_list_is_named_with_its_neighbour() -> None:
 )
 def test_a_wrong_value_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=r"no valid recipe") as error:
-        parse_compress_recipe(VALID | change)
+        check_recipe(CompressRecipe, VALID | change)
     assert message in str(error.value)
 
 
@@ -129,7 +129,7 @@ def test_a_wrong_value_is_named(change: dict[str, Any], message: str) -> None:
     ],
 )
 def test_a_recipe_survives_the_round_trip(tmp_path: Path, change: dict[str, Any]) -> None:
-    recipe = parse_compress_recipe(VALID | change)
+    recipe = check_recipe(CompressRecipe, VALID | change)
     path = tmp_path / "r.yaml"
     path.write_text(dump_recipe(recipe))
     assert load_compress_recipe(path) == recipe
@@ -148,18 +148,18 @@ def test_every_value_can_be_overridden(tmp_path: Path) -> None:
 
 def test_the_curriculum_says_what_the_first_steps_draw_from_and_train_ratios_the_rest() -> None:
     curriculum = [{"until": 0.1, "ratios": [4]}, {"until": 0.25, "ratios": [4, 8]}]
-    recipe = parse_compress_recipe(VALID | {"curriculum": curriculum, "train_ratios": [8, 8, 4]})
+    recipe = check_recipe(CompressRecipe, VALID | {"curriculum": curriculum, "train_ratios": [8, 8, 4]})
     drawn = [recipe.draws_at(share) for share in (0.0, 0.09, 0.1, 0.24, 0.25, 1.0)]
     assert drawn == [(4,), (4,), (4, 8), (4, 8), (8, 8, 4), (8, 8, 4)]
-    assert parse_compress_recipe(VALID).draws_at(0.0) == (4, 8)
+    assert check_recipe(CompressRecipe, VALID).draws_at(0.0) == (4, 8)
 
 
 def test_a_compressor_of_no_kind_is_the_default_one() -> None:
-    assert parse_compress_recipe(VALID | {"compressor": {"ratios": [2]}}).compressor.kind == "encoder-pool"
+    assert check_recipe(CompressRecipe, VALID | {"compressor": {"ratios": [2]}}).compressor.kind == "encoder-pool"
 
 
 def test_a_stage_of_the_curriculum_is_the_runs_data_with_fewer_facts() -> None:
-    recipe = parse_compress_recipe(VALID)
+    recipe = check_recipe(CompressRecipe, VALID)
     assert recipe.base is not None
     assert isinstance(recipe.data, FactsConfig)
     assert [stage.data(recipe.data).facts for stage in recipe.base.stages] == [2, 8]
@@ -167,7 +167,7 @@ def test_a_stage_of_the_curriculum_is_the_runs_data_with_fewer_facts() -> None:
 
 def test_pretraining_draws_its_objectives_in_their_shares_and_training_takes_all() -> None:
     objectives = {"answer": 1.0, "distillation": 0.5}
-    recipe = parse_compress_recipe(VALID | {"pretraining": {"max_steps": 1}, "objectives": objectives})
+    recipe = check_recipe(CompressRecipe, VALID | {"pretraining": {"max_steps": 1}, "objectives": objectives})
     before, training = stages(recipe)
     rng = random.Random(0)
     drawn = [before.step(rng) for _ in range(1000)]
@@ -175,7 +175,7 @@ def test_pretraining_draws_its_objectives_in_their_shares_and_training_takes_all
     share = sum("reconstruction" in weights for weights in drawn) / 1000
     assert share == pytest.approx(0.2, abs=0.04)  # three standard deviations
     assert training.step(rng) == objectives
-    assert [stage.name for stage in stages(parse_compress_recipe(VALID))] == ["training"]
+    assert [stage.name for stage in stages(check_recipe(CompressRecipe, VALID))] == ["training"]
 
 
 def test_the_recipe_of_a_plain_run_needs_little() -> None:

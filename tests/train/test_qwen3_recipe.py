@@ -12,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from inlay import sliced_loss
 from inlay.data import load_data
 from inlay.evaluate.suite import evaluate_model
-from inlay.train import load_recipe, load_run, parse_recipe, read_metrics, train
+from inlay.train import Recipe, check_recipe, load_recipe, load_run, read_metrics, train
 from tests.softtoken.local import byte_level
 
 RECIPE = Path("src/inlay/recipes/qwen3.yaml")
@@ -62,6 +62,6 @@ def test_it_trains_a_pretrained_model_on_files_with_the_models_own_tokenizer(
 def test_a_tokenizer_that_is_named_is_kept() -> None:
     data = {"task": "text", "source": "python-stdlib", "sequence_length": 64, "tokenizer": {"kind": "bytes"}}
     raw = {"name": "r", "model": {"name_or_path": "some/model"}, "mode": "all", "data": data}
-    assert parse_recipe(raw).data.tokenizer.kind == "bytes"
+    assert check_recipe(Recipe, raw).data.tokenizer.kind == "bytes"
     del data["tokenizer"]
-    assert parse_recipe(raw).data.tokenizer.name_or_path == "some/model"
+    assert check_recipe(Recipe, raw).data.tokenizer.name_or_path == "some/model"

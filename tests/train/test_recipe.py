@@ -9,7 +9,7 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from inlay.train import RecipeError, dump_recipe, load_recipe, parse_recipe
+from inlay.train import Recipe, RecipeError, check_recipe, dump_recipe, load_recipe
 from inlay.train.directory import training_arguments
 
 VALID = {
@@ -38,7 +38,7 @@ def test_an_unknown_key_names_its_nearest_neighbour(section: str, key: str, mess
     raw = copy.deepcopy(VALID)
     (raw.setdefault(section, {}) if section else raw)[key] = 1
     with pytest.raises(RecipeError) as error:
-        parse_recipe(raw)
+        check_recipe(Recipe, raw)
     assert message in str(error.value)
 
 
@@ -64,7 +64,7 @@ def test_an_unknown_key_names_its_nearest_neighbour(section: str, key: str, mess
 )
 def test_a_wrong_value_is_named(change: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=r"no valid recipe") as error:
-        parse_recipe(VALID | change)
+        check_recipe(Recipe, VALID | change)
     assert message in str(error.value)
 
 
@@ -111,7 +111,7 @@ def test_a_file_that_is_no_recipe_is_named_with_its_line(tmp_path: Path) -> None
 
 
 def test_a_recipe_survives_the_round_trip(tmp_path: Path) -> None:
-    recipe = parse_recipe(VALID)
+    recipe = check_recipe(Recipe, VALID)
     path = tmp_path / "r.yaml"
     path.write_text(dump_recipe(recipe))
     assert load_recipe(path) == recipe
@@ -147,10 +147,10 @@ def test_a_name_like_a_number_stays_a_name(tmp_path: Path) -> None:
 
 
 def test_counts_are_whole_numbers() -> None:
-    recipe = parse_recipe(VALID | {"trainer": {"max_steps": 1e1, "per_device_train_batch_size": 2.0}})
+    recipe = check_recipe(Recipe, VALID | {"trainer": {"max_steps": 1e1, "per_device_train_batch_size": 2.0}})
     assert [type(value) for value in recipe.trainer.values()] == [int, int]
     with pytest.raises(RecipeError, match=r"gradient_accumulation_steps takes a whole number; got 1\.5"):
-        parse_recipe(VALID | {"trainer": {"gradient_accumulation_steps": 1.5}})
+        check_recipe(Recipe, VALID | {"trainer": {"gradient_accumulation_steps": 1.5}})
 
 
 def test_a_process_trains_on_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

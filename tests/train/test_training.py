@@ -22,8 +22,8 @@ from inlay.train import (
     Recipe,
     RecipeError,
     RunError,
+    check_recipe,
     load_run,
-    parse_recipe,
     read_metrics,
     train,
     write_run_report,
@@ -61,7 +61,7 @@ def recipe(name: str = "run", trainer: dict[str, Any] | None = None, **sections:
         },
         **sections,
     }
-    return parse_recipe(raw)
+    return check_recipe(Recipe, raw)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -18,16 +18,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
 from inlay.data import FactsConfig, QAConfig
 from inlay.softtoken.compressors import CompressorConfig, EncoderPoolConfig, PoolConfig
 from inlay.softtoken.layout import PromptLayout
-from inlay.train.kinds import refuse_other_kinds
+from inlay.train.kinds import RecipeKind
 from inlay.train.recipe import LoraSection, ModelSection
-from inlay.train.yaml_recipe import Section, check_recipe, check_trainer, read_recipe
+from inlay.train.yaml_recipe import RunRecipe, Section, check_trainer, read_recipe
+
+
+def check_compress_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
+    """``arguments`` when :func:`check_trainer` takes them and they have an effect where a run computes its own loss.
+
+    Raises:
+        ValueError: Names the key and why it cannot be.
+    """
+    if arguments.get("label_smoothing_factor"):
+        raise ValueError(
+            "label_smoothing_factor has no effect: it is for a loss that the Trainer computes from a model's logits, "
+            "and here the run computes its own; take it out"
+        )
+    accelerator = arguments.get("accelerator_config")
+    if isinstance(accelerator, dict) and (accelerator.get("dispatch_batches") or accelerator.get("split_batches")):
+        raise ValueError(
+            "accelerator_config: batches cannot be cut for several processes, as they hold several questions about one "
+            "context; take dispatch_batches and split_batches out"
+        )
+    return check_trainer(arguments)
 
 
 class BaseStage(Section):
@@ -188,14 +208,11 @@ class CompressEvaluateSection(Section):
     """Questions per forward."""
 
 
-class CompressRecipe(Section):
+class CompressRecipe(RunRecipe):
     """One compression run."""
 
-    name: str = Field(pattern=r"^[\w+-][\w.+-]*$")
-    """Names the run's directory."""
-
-    seed: int = Field(default=0, ge=0)
-    """Fixes initial weights, the order of batches, the ratios drawn and dropout."""
+    kind: ClassVar[RecipeKind] = "compress"
+    trainer_check = check_compress_trainer
 
     decoder: ModelSection
     """The language model that answers. It is frozen."""
@@ -232,20 +249,12 @@ class CompressRecipe(Section):
     """Most questions about a context that stand in one batch, where the context is compressed once for all of them. A
     batch size counts contexts."""
 
-    trainer: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of transformers' ``TrainingArguments`` by their own names."""
-
     evaluate: CompressEvaluateSection = CompressEvaluateSection()
 
     @field_validator("curriculum", mode="before")
     @classmethod
     def _null_is_no_curriculum(cls, value: Any) -> Any:
         return () if value is None else value
-
-    @field_validator("trainer")
-    @classmethod
-    def _trainer_takes_these(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return check_compress_trainer(value)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> CompressRecipe:
@@ -301,37 +310,6 @@ class CompressRecipe(Section):
         return next((stage.ratios for stage in self.curriculum if share < stage.until), self.draws)
 
 
-def check_compress_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
-    """``arguments`` when :func:`check_trainer` takes them and they have an effect where a run computes its own loss.
-
-    Raises:
-        ValueError: Names the key and why it cannot be.
-    """
-    if arguments.get("label_smoothing_factor"):
-        raise ValueError(
-            "label_smoothing_factor has no effect: it is for a loss that the Trainer computes from a model's logits, "
-            "and here the run computes its own; take it out"
-        )
-    accelerator = arguments.get("accelerator_config")
-    if isinstance(accelerator, dict) and (accelerator.get("dispatch_batches") or accelerator.get("split_batches")):
-        raise ValueError(
-            "accelerator_config: batches cannot be cut for several processes, as they hold several questions about one "
-            "context; take dispatch_batches and split_batches out"
-        )
-    return check_trainer(arguments)
-
-
 def load_compress_recipe(path: str | Path, overrides: Sequence[str] = ()) -> CompressRecipe:
-    """Read a compression recipe, apply ``overrides`` (``"section.key=value"``, values in YAML) and check it.
-
-    Raises:
-        RecipeError: The file is missing or no YAML mapping, or a key or value is wrong; names the key and, for an
-            unknown one, its nearest neighbour. Or it is a recipe of another kind.
-    """
-    refuse_other_kinds(path, "compress")
+    """As :func:`read_recipe`."""
     return read_recipe(CompressRecipe, path, overrides)
-
-
-def parse_compress_recipe(raw: dict[str, Any], source: str = "recipe") -> CompressRecipe:
-    """Check a compression recipe given as a dictionary. Raises :class:`RecipeError`."""
-    return check_recipe(CompressRecipe, raw, source)

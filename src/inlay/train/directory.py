@@ -22,7 +22,7 @@ from inlay.devices import chosen_device
 from inlay.fastweight import InlayError
 from inlay.files import replacing, write_whole
 from inlay.train.trainer import MetricsFile, ProgressBar, best_checkpoint
-from inlay.train.yaml_recipe import RecipeError, Section, dump_recipe, read_recipe
+from inlay.train.yaml_recipe import RecipeError, RunRecipe, dump_recipe, read_recipe
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -39,7 +39,7 @@ class RunError(InlayError, RuntimeError):
     """A run's directory is not what was asked for."""
 
 
-def refuse_another_run(directory: Path, recipe: Section, resume: bool) -> None:
+def refuse_another_run(directory: Path, recipe: RunRecipe, resume: bool) -> None:
     """Make sure that ``directory`` holds no run, or with ``resume`` none but this recipe's.
 
     Raises:
@@ -97,7 +97,7 @@ def require_finished(directory: Path) -> None:
         raise RunError(f"the run in {directory} has not finished; go on with: inlay train {path} {place} --resume")
 
 
-def begin_run(directory: Path, recipe: Section) -> None:
+def begin_run(directory: Path, recipe: RunRecipe) -> None:
     """Make ``directory`` the run of ``recipe``, which has not finished. One of the processes writes."""
     processes = PartialState()
     processes.wait_for_everyone()  # the others must not take this run for one that was there before

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
-
-from inlay.train.yaml_recipe import RecipeError
 
 RecipeKind = Literal["text", "compress", "moshi", "memories"]
 
@@ -19,7 +18,7 @@ _OWN: dict[RecipeKind, set[str]] = {
 }
 """Sections that recipes of a kind have and those further down have not."""
 
-_NAMES: dict[RecipeKind, tuple[str, str]] = {
+NAMES: dict[RecipeKind, tuple[str, str]] = {
     "moshi": ("Moshi", "inlay train, evaluate, doctor, moshi run"),
     "compress": ("soft tokens", "inlay train, evaluate, doctor, compress encode"),
     "memories": ("the comparison of both memories", "inlay evaluate --memories"),
@@ -34,17 +33,9 @@ def recipe_kind(path: Path) -> RecipeKind | None:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    sections = raw.keys() if isinstance(raw, dict) else set()
-    return next((kind for kind, own in _OWN.items() if sections & own), None)
+    return kind_of(raw) if isinstance(raw, dict) else None
 
 
-def refuse_other_kinds(path: str | Path, wanted: RecipeKind) -> None:
-    """Make sure that ``path`` holds no recipe of another kind than ``wanted``.
-
-    Raises:
-        RecipeError: It does; names what it is and which commands take it.
-    """
-    kind = recipe_kind(Path(path))
-    if kind not in (wanted, None):
-        name, commands = _NAMES[kind]
-        raise RecipeError(f"{path} is a recipe of {name}, for {commands}; here one of {_NAMES[wanted][0]} is asked for")
+def kind_of(raw: Mapping[str, Any]) -> RecipeKind | None:
+    """By the sections of a recipe that is read; None where they are of no kind."""
+    return next((kind for kind, own in _OWN.items() if raw.keys() & own), None)

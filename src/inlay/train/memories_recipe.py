@@ -14,7 +14,7 @@ The number of soft tokens is no setting: it is what the fast weights' state take
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,10 +23,11 @@ from inlay.fastweight import FastWeightConfig
 from inlay.softtoken.compressors import CompressorConfig, CrossAttentionConfig, EncoderPoolConfig, PoolConfig
 from inlay.softtoken.compressors.config import LoraSettings
 from inlay.softtoken.layout import PromptLayout
-from inlay.train.compress_recipe import BaseSection, CompressRecipe, check_compress_trainer, parse_compress_recipe
+from inlay.train.compress_recipe import BaseSection, CompressRecipe, check_compress_trainer
+from inlay.train.kinds import RecipeKind
 from inlay.train.reading import ReadingRecipe
 from inlay.train.recipe import LoraSection, ModelSection
-from inlay.train.yaml_recipe import Section
+from inlay.train.yaml_recipe import RunRecipe, Section, check_recipe
 
 
 class TaskSection(Section):
@@ -81,14 +82,11 @@ class MemoriesEvaluateSection(Section):
     """Questions per forward."""
 
 
-class MemoriesRecipe(Section):
-    """Both memories on every task."""
+class MemoriesRecipe(RunRecipe):
+    """Both memories on every task; ``seed`` and ``trainer`` are of every training."""
 
-    name: str = Field(pattern=r"^[\w+-][\w.+-]*$")
-    """Names the directory."""
-
-    seed: int = Field(default=0, ge=0)
-    """Fixes initial weights and the order of batches, of every training."""
+    kind: ClassVar[RecipeKind] = "memories"
+    trainer_check = check_compress_trainer
 
     lm: ModelSection
     """The decoder that both memories start from, the same weights for both."""
@@ -109,15 +107,7 @@ class MemoriesRecipe(Section):
     questions_per_context: int = Field(default=1, ge=1)
     """Most questions about a context in one batch of training, for both."""
 
-    trainer: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of transformers' ``TrainingArguments``, for both."""
-
     evaluate: MemoriesEvaluateSection = MemoriesEvaluateSection()
-
-    @field_validator("trainer")
-    @classmethod
-    def _trainer_takes_these(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return check_compress_trainer(value)
 
     @model_validator(mode="after")
     def _every_arm_is_a_recipe(self) -> MemoriesRecipe:
@@ -181,4 +171,4 @@ class MemoriesRecipe(Section):
             "trainer": self.trainer | self.tasks[task].trainer | dict(trainer),
             **sections,
         }
-        return parse_compress_recipe(raw, f"tasks.{task}")
+        return check_recipe(CompressRecipe, raw, f"tasks.{task}")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from inlay.fastweight import FastWeightConfig
 from inlay.moshi.interleave import FRAME_RATE
@@ -24,9 +24,9 @@ from inlay.moshi.lora import LoraConfig
 from inlay.moshi.loss import LossConfig
 from inlay.moshi.sequences import MoshiData, SequenceConfig, frames_of, load_sequences
 from inlay.moshi.yarn import YarnConfig
-from inlay.train.kinds import refuse_other_kinds
+from inlay.train.kinds import RecipeKind
 from inlay.train.recipe import DoctorSection
-from inlay.train.yaml_recipe import Section, check_trainer, read_recipe
+from inlay.train.yaml_recipe import RunRecipe, Section, check_trainer, read_recipe
 
 MoshiMode = Literal["memory", "memory+layers", "memory+lora", "lora", "all"]
 
@@ -100,16 +100,22 @@ class MoshiEvaluateSection(Section):
     attention window of one layer."""
 
 
-class MoshiRecipe(Section):
-    """One training run of Moshi."""
+def _check_moshi_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
+    for key in arguments:
+        if key in _KNOBS:
+            raise ValueError(f"{key!r} has a setting of its own: {_KNOBS[key]}")
+    return check_trainer(arguments)
 
+
+class MoshiRecipe(RunRecipe):
+    """One training run of Moshi. Its ``trainer`` has what no setting of its own is for."""
+
+    kind: ClassVar[RecipeKind] = "moshi"
+    trainer_check = _check_moshi_trainer
     free_when_resumed: ClassVar[frozenset[str]] = frozenset(
         {"trainer", "optim", "max_norm", "max_steps", "log_freq", "do_eval", "eval_freq"}
         | {"do_ckpt", "ckpt_freq", "num_ckpt_keep"}
     )
-
-    name: str = Field(pattern=r"^[\w+-][\w.+-]*$")
-    """Names the run's directory."""
 
     moshi_paths: MoshiPaths
     memory: FastWeightConfig | None = None
@@ -170,25 +176,11 @@ class MoshiRecipe(Section):
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the base model. What is trained is float32 and, with bfloat16, computed with in bfloat16."""
 
-    seed: int = Field(default=0, ge=0)
-    """Fixes initial adapters, the sequences and their order."""
-
     run_dir: Path | None = None
     """The run's directory; RUNS/NAME when not given."""
 
-    trainer: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of transformers' ``TrainingArguments`` by their own names."""
-
     evaluate: MoshiEvaluateSection = MoshiEvaluateSection()
     doctor: DoctorSection = DoctorSection(frame_rate=FRAME_RATE)
-
-    @field_validator("trainer")
-    @classmethod
-    def _trainer_takes_these(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key in value:
-            if key in _KNOBS:
-                raise ValueError(f"{key!r} has a setting of its own: {_KNOBS[key]}")
-        return check_trainer(value)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> MoshiRecipe:
@@ -253,11 +245,5 @@ class MoshiRecipe(Section):
 
 
 def load_moshi_recipe(path: str | Path, overrides: Sequence[str] = ()) -> MoshiRecipe:
-    """Read a recipe, apply ``overrides`` (``"section.key=value"``, values in YAML) and check it.
-
-    Raises:
-        RecipeError: The file is missing or no YAML mapping, or a key or value is wrong; names the key and, for an
-            unknown one, its nearest neighbour. Or it is a recipe of another kind.
-    """
-    refuse_other_kinds(path, "moshi")
+    """As :func:`read_recipe`."""
     return read_recipe(MoshiRecipe, path, overrides)

@@ -55,20 +55,16 @@ from inlay.train.loss_parts import LossTrainer
 from inlay.train.pretrained import load_causal_lm, with_lora
 from inlay.train.recipe import LoraSection, ModelSection
 from inlay.train.weights import ADAPTER, MEMORY, load_weights, save_weights
-from inlay.train.yaml_recipe import Section, read_recipe
+from inlay.train.yaml_recipe import RunRecipe, read_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class ReadingRecipe(Section):
+class ReadingRecipe(RunRecipe):
     """One training of a decoder to answer from its fast weights."""
 
-    name: str = Field(pattern=r"^[\w+-][\w.+-]*$")
-    """Names the run."""
-
-    seed: int = Field(default=0, ge=0)
-    """Fixes initial weights and the order of batches."""
+    trainer_check = check_compress_trainer
 
     decoder: ModelSection
     """The decoder, with its tokenizer beside it (``name_or_path``). Its own weights are frozen."""
@@ -85,9 +81,6 @@ class ReadingRecipe(Section):
     questions_per_context: int = Field(default=1, ge=1)
     """Most questions about a context in one batch, where it is read once for all of them."""
 
-    trainer: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of transformers' ``TrainingArguments`` by their own names."""
-
     @field_validator("decoder", mode="before")
     @classmethod
     def _a_place_alone_is_a_decoder(cls, value: Any) -> Any:
@@ -99,11 +92,6 @@ class ReadingRecipe(Section):
         if value.name_or_path is None:
             raise ValueError("config gives random weights, and a frozen decoder has to answer; take name_or_path")
         return value
-
-    @field_validator("trainer")
-    @classmethod
-    def _trainer_takes_these(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return check_compress_trainer(value)
 
 
 class ReadingTask(nn.Module):

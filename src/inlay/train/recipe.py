@@ -15,15 +15,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from transformers import CONFIG_MAPPING
 
 from inlay.data import DataConfig
 from inlay.fastweight import FastWeightConfig, TrainMode
-from inlay.train.kinds import refuse_other_kinds
-from inlay.train.yaml_recipe import RecipeError, Section, check_recipe, check_trainer, dump_recipe, nearest, read_recipe
+from inlay.train.kinds import RecipeKind
+from inlay.train.yaml_recipe import RecipeError, RunRecipe, Section, check_recipe, dump_recipe, nearest, read_recipe
 
 __all__ = [
     "DoctorSection",
@@ -32,9 +32,9 @@ __all__ = [
     "ModelSection",
     "Recipe",
     "RecipeError",
+    "check_recipe",
     "dump_recipe",
     "load_recipe",
-    "parse_recipe",
 ]
 
 
@@ -120,11 +120,10 @@ class DoctorSection(Section):
     """Frames per second, where tokens are frames of audio (Moshi: 12.5), so that lengths are told in seconds too."""
 
 
-class Recipe(Section):
+class Recipe(RunRecipe):
     """One training run."""
 
-    name: str = Field(pattern=r"^[\w+-][\w.+-]*$")
-    """Names the run's directory."""
+    kind: ClassVar[RecipeKind] = "text"
 
     model: ModelSection
     memory: FastWeightConfig | None = None
@@ -136,12 +135,6 @@ class Recipe(Section):
     memory_learning_rate: float | None = Field(default=None, gt=0)
     """Learning rate of the memory's own parameters; ``trainer.learning_rate`` when not given."""
 
-    seed: int = Field(default=0, ge=0)
-    """Fixes initial weights, the order of batches and dropout."""
-
-    trainer: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of transformers' ``TrainingArguments`` by their own names."""
-
     evaluate: EvaluateSection = EvaluateSection()
     doctor: DoctorSection = DoctorSection()
 
@@ -152,11 +145,6 @@ class Recipe(Section):
             case {"model": {"name_or_path": str(name)}, "data": {"task": "text", **data}} if "tokenizer" not in data:
                 return raw | {"data": raw["data"] | {"tokenizer": {"kind": "pretrained", "name_or_path": name}}}
         return raw
-
-    @field_validator("trainer")
-    @classmethod
-    def _trainer_takes_these(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return check_trainer(value)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
@@ -172,16 +160,5 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply ``overrides`` (``"section.key=value"``, values in YAML) and check it.
-
-    Raises:
-        RecipeError: The file is missing or no YAML mapping, or a key or value is wrong; names the key and, for an
-            unknown one, its nearest neighbour. Or it is a recipe of another kind.
-    """
-    refuse_other_kinds(path, "text")
+    """As :func:`read_recipe`."""
     return read_recipe(Recipe, path, overrides)
-
-
-def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
-    """Check a recipe given as a dictionary. Raises :class:`RecipeError`."""
-    return check_recipe(Recipe, raw, source)

@@ -9,17 +9,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from transformers import TrainingArguments
 
 from inlay.fastweight import InlayError
+from inlay.train.kinds import NAMES, RecipeKind, kind_of
 
-R = TypeVar("R", bound=BaseModel)
+R = TypeVar("R", bound="RunRecipe")
 
 _OWNED = {
     "output_dir": "runs are named by `name` and kept under --runs",
@@ -44,14 +45,6 @@ class Section(BaseModel):
     """A part of a recipe, or all of it: unknown keys are refused, and what is read does not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-    free_when_resumed: ClassVar[frozenset[str]] = frozenset({"trainer"})
-    """Of a whole recipe: the sections in which a run that is resumed may differ from what it was before."""
-
-    def kept_when_resumed(self) -> dict[str, Any]:
-        """Of a whole recipe: what must be as it was before, within those sections too."""
-        optimizer = {"trainer.optim": getattr(self, "trainer", {}).get("optim")}
-        return self.model_dump(exclude={*self.free_when_resumed, "name"}) | optimizer
 
 
 def check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -88,12 +81,44 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+class RunRecipe(Section):
+    """A whole recipe: what those of every kind have."""
+
+    kind: ClassVar[RecipeKind | None] = None
+    """Which kind its files are of; None where commands take none of it."""
+
+    free_when_resumed: ClassVar[frozenset[str]] = frozenset({"trainer"})
+    """The sections in which a run that is resumed may differ from what it was before."""
+
+    trainer_check: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = check_trainer
+    """Takes the trainer section, or raises ``ValueError``."""
+
+    name: str = Field(pattern=r"^[\w+-][\w.+-]*$")
+    """Names the run's directory."""
+
+    seed: int = Field(default=0, ge=0)
+    """Fixes initial weights, the order of batches and all else that is drawn."""
+
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of transformers' ``TrainingArguments`` by their own names."""
+
+    @field_validator("trainer")
+    @classmethod
+    def _trainer_takes_these(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return cls.trainer_check(value)
+
+    def kept_when_resumed(self) -> dict[str, Any]:
+        """What must be as it was before, within the free sections too."""
+        optimizer = {"trainer.optim": self.trainer.get("optim")}
+        return self.model_dump(exclude={*self.free_when_resumed, "name"}) | optimizer
+
+
 def read_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R:
     """Read a recipe of this kind, apply ``overrides`` (``"section.key=value"``, values in YAML) and check it.
 
     Raises:
         RecipeError: The file is missing or no YAML mapping, or a key or value is wrong; names the key and, for an
-            unknown one, its nearest neighbour.
+            unknown one, its nearest neighbour. Or it is a recipe of another kind; names the commands that take it.
     """
     path = Path(path)
     try:
@@ -109,6 +134,11 @@ def read_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
         raise RecipeError(f"{where}: no valid YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections; this file holds a {type(raw).__name__}")
+    found = kind_of(raw)
+    if kind.kind is not None and found not in (kind.kind, None):
+        name, commands = NAMES[found]
+        wanted = NAMES[kind.kind][0]
+        raise RecipeError(f"{path} is a recipe of {name}, for {commands}; here one of {wanted} is asked for")
     raw.setdefault("name", re.sub(r"[^\w.+-]+", "-", path.stem))
     for override in overrides:
         _override(raw, override)

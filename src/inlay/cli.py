@@ -109,6 +109,7 @@ def evaluate(
         return
     if run is None or overrides:
         raise typer.BadParameter("give one run's directory", param_hint="RUN")
+    from inlay.report.console import print_section, progress_bar
     from inlay.train.kinds import recipe_kind
 
     kind = recipe_kind(run / "recipe.yaml")
@@ -118,9 +119,10 @@ def evaluate(
     if kind == "moshi":
         from inlay.train.moshi_report import evaluate_moshi_run
 
-        moshi, page = evaluate_moshi_run(run)
-        for table in moshi.tables():
-            console.print(table)
+        with progress_bar(errors, "evaluating") as shown:
+            moshi, page = evaluate_moshi_run(run, progress=shown)
+        for section in moshi.sections():
+            print_section(console, section)
         console.print(f"figures: {run / 'evaluation.json'}\nreport: {page}", soft_wrap=True)
         return
     from inlay.data import load_data
@@ -128,12 +130,14 @@ def evaluate(
     from inlay.train import load_run, write_run_report
 
     loaded = load_run(run)
-    evaluation = evaluate_model(loaded.model, load_data(loaded.data_config), **loaded.recipe.evaluate.model_dump())
-    figures = evaluation.write(run / "evaluation.json")
-    for table in evaluation.tables():
-        console.print(table)
+    data = load_data(loaded.data_config)
+    with progress_bar(errors, "evaluating") as shown:
+        evaluation = evaluate_model(loaded.model, data, **loaded.recipe.evaluate.model_dump(), progress=shown)
+    figures, sections = evaluation.write(run / "evaluation.json"), evaluation.sections()
+    for section in sections:
+        print_section(console, section)
     console.print(f"figures: {figures}", soft_wrap=True)
-    console.print(f"report: {write_run_report(run, evaluation.sections())}", soft_wrap=True)
+    console.print(f"report: {write_run_report(run, sections)}", soft_wrap=True)
 
 
 @app.command()

@@ -30,6 +30,7 @@ from inlay.evaluate import NO_MEMORY, Evaluation, difference, evaluate_model
 from inlay.fastweight import InlayError
 from inlay.report import Code, Headline, Report, Section, save_png, training_curves, write_report
 from inlay.report import loss_by_position as plot_loss_by_position
+from inlay.report.console import print_section
 from inlay.report.provenance import provenance
 from inlay.train import load_recipe, load_run, read_metrics, training_curve
 from inlay.train.allocator import KEEP_FREED_MEMORY
@@ -160,8 +161,8 @@ def run_demo(directory: Path, console: Console) -> Path:
         }
     for task, evaluation in evaluations.items():
         evaluation.write(directory / f"{task}.json")
-        for table in evaluation.tables():
-            console.print(table)
+        for section in evaluation.sections():
+            print_section(console, section)
     path = _report(directory, arms, evaluations, time.monotonic() - began)
     console.print(f"report: {path}", soft_wrap=True)
     return path
@@ -204,10 +205,14 @@ def _evaluate(arms: list[Arm], data: Data, progress: Progress) -> Evaluation:
     """Both arms on the same held-out data, gains counted from the one without a memory."""
     bar = progress.add_task(f"evaluating {arms[0].task}", total=None, note="")
     evaluation: Evaluation | None = None
+
+    def shown(done: int, total: int) -> None:
+        progress.update(bar, completed=done, total=total)
+
     for arm in arms:
         run = load_run(arm.directory, device="cpu")
         settings = run.recipe.evaluate.model_dump()
-        evaluation = evaluate_model(run.model, data, into=evaluation, **settings)
+        evaluation = evaluate_model(run.model, data, into=evaluation, **settings, progress=shown)
     assert evaluation is not None
     evaluation.baseline = NO_MEMORY
     progress.update(bar, total=1, completed=1)

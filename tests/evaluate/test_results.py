@@ -21,6 +21,7 @@ from inlay.evaluate import (
     with_and_without_memory,
 )
 from inlay.report import Report, render_report
+from inlay.report.console import print_section
 from tests.evaluate.models import Guesser, Oracle, llama
 from tests.evaluate.test_position import RANDOM, documents, packed
 from tests.evaluate.test_recall_accuracy import CONFIG
@@ -61,8 +62,8 @@ def test_the_file_holds_the_figures_and_null_for_what_is_not_a_number(evaluation
 def test_terminal_and_report_show_every_variant_and_the_gain(evaluation: Evaluation) -> None:
     out = io.StringIO()
     console = Console(file=out, width=140)
-    for table in evaluation.tables():
-        console.print(table)
+    for section in evaluation.sections():
+        print_section(console, section)
     page = render_report(Report("Evaluation", sections=evaluation.sections()))
     for text in (out.getvalue(), page):
         assert f"{evaluation.losses['memory'].quarters()[3]:.3f}" in text
@@ -82,8 +83,8 @@ def test_one_variant_alone_and_a_baseline_that_was_not_measured() -> None:
     data = packed(documents(16, 16), 16)
     alone = Evaluation(baseline="no memory").add({"memory": loss_by_position(llama(), data)})
     assert alone.to_json()["loss_by_position"]["gain_over_baseline"] == {}
-    assert len(alone.tables()) == len(alone.sections()) == 1
-    assert Evaluation().tables() == Evaluation().sections() == []
+    assert len(alone.sections()) == 1
+    assert Evaluation().sections() == []
 
 
 def test_a_single_sequence_has_a_gain_and_no_interval() -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from inlay.data import Data, TextConfig, load_data
 from inlay.evaluate import evaluate_model
 from inlay.report import Report, render_report
+from inlay.report.console import print_section
 from tests.evaluate.models import llama
 
 
@@ -39,8 +40,8 @@ def test_documents_too_short_for_a_growing_context_are_told(tmp_path: Path, sett
     evaluation = evaluate_model(llama(vocab_size=258), data_of(tmp_path, 20, 16), **settings)
     assert evaluation.contexts == {}
     out = io.StringIO()
-    for table in evaluation.tables():
-        Console(file=out, width=400).print(table)
+    for section in evaluation.sections():
+        print_section(Console(file=out, width=400), section)
     page = render_report(Report("Evaluation", sections=evaluation.sections()))
     content = json.loads(evaluation.write(tmp_path / "evaluation.json").read_text())
     for text in (out.getvalue(), page, content["growing_context"]["not_measured"]):

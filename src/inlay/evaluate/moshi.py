@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import rich.table
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -253,19 +252,8 @@ class MoshiEvaluation:
         """Write :meth:`to_json` to ``path``, whole or not at all."""
         return write_json(self.to_json(), path)
 
-    def tables(self) -> list[rich.table.Table]:
-        """Returned phrases, and the loss by position of text and of audio, for the terminal."""
-        from inlay.report.console import rich_table
-
-        shown = [rich_table(self._returned_table())]
-        for stream in STREAMS:
-            for table in self._by_position(stream).tables():
-                table.title = f"Loss by position, {stream}"
-                shown.append(table)
-        return shown
-
     def sections(self) -> list[Section]:
-        """The same with plots, for a report."""
+        """Returned phrases, and the loss by position of text and of audio, as :meth:`Evaluation.sections`."""
         returned = {
             stream: {name: losses[stream].returned.bits for name, losses in self.variants.items()} for stream in STREAMS
         }

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import rich.table
-
 from inlay.evaluate.intervals import Interval
 from inlay.evaluate.position import NO_STEP, PositionLoss, difference
 from inlay.evaluate.recall import RecallAccuracy
@@ -97,24 +95,9 @@ class Evaluation:
         """Write :meth:`to_json` to ``path``, whole or not at all; its folder is made if missing."""
         return write_json(self.to_json(), path)
 
-    def tables(self) -> list[rich.table.Table]:
-        """One table for each kind of measurement, for the terminal."""
-        shown = []
-        for title, grid in self._grids():
-            table = rich.table.Table(title=title, title_justify="left", caption=grid.caption, caption_justify="left")
-            for index, heading in enumerate(grid.columns):
-                table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-            for row in grid.rows:
-                table.add_row(*(str(cell) for cell in row))
-            shown.append(table)
-        if self.contexts_missing:
-            note = rich.table.Table(title=CONTEXT_TITLE, title_justify="left", show_header=False)
-            note.add_row(self.contexts_missing)
-            shown.append(note)
-        return shown
-
     def sections(self) -> list[Section]:
-        """One section for each kind of measurement, with a plot and its table."""
+        """One section for each kind of measurement, with a plot and its table: for a report and, without plots, the
+        terminal (:func:`inlay.report.console.print_section`)."""
         marks = {float(self.window): "attention window"} if self.window else None
         plots = []
         if self.losses:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from inlay.data import Data, RecallDataset
-from inlay.evaluate.position import loss_by_position, with_and_without_memory
+from inlay.evaluate.position import NO_STEP, loss_by_position, with_and_without_memory
 from inlay.evaluate.recall import recall_accuracy
 from inlay.evaluate.results import Evaluation, Result
 from inlay.evaluate.scoring import Progress
@@ -43,7 +43,7 @@ def evaluate_model(
     """
     remembers = find_memory(model) is not None
     evaluation = into or Evaluation(
-        baseline="eta = 0" if remembers else None, window=getattr(model.config, "sliding_window", None)
+        baseline=NO_STEP if remembers else None, window=getattr(model.config, "sliding_window", None)
     )
 
     def add(measure: Callable[[], Result]) -> None:

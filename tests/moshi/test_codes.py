@@ -241,6 +241,27 @@ def test_done_work_is_known_by_content(checkpoint: MoshiCheckpoint, tmp_path: Pa
     assert changed.entries[1].stored.returns == ()
 
 
+def test_what_changes_while_files_are_encoded_is_read_as_it_is_then(
+    checkpoint: MoshiCheckpoint, tmp_path: Path
+) -> None:
+    data, out = make_data(tmp_path / "data", 3), tmp_path / "out"
+    mended = [["mended", [0.2, 0.9], "SPEAKER_MAIN"]]
+
+    def change(done: float, total: float) -> None:
+        if 0 < done < 2.05:  # the first file is under way
+            write_conversation(tmp_path / "data", "01", seconds=2.1, seed=1, words=mended)
+            write_conversation(tmp_path / "data", "02", seconds=2.2, seed=2, words=[["late", [1, 9], "SPEAKER_MAIN"]])
+
+    summary = encode_data(str(data), out, checkpoint, on_error="skip", progress=change)
+    assert (summary.files, summary.skipped) == (2, 1)
+    encode_data(str(data), tmp_path / "anew", checkpoint, on_error="skip")
+    ours, anew = CodesStore(out), CodesStore(tmp_path / "anew")
+    for index, entry in enumerate(ours.entries):
+        assert entry.stored.content == anew.entries[index].stored.content
+        assert entry.stored.returns == anew.entries[index].stored.returns
+        np.testing.assert_array_equal(ours.text(index), anew.text(index))
+
+
 def test_codes_of_another_mimi_or_another_text_are_refused(checkpoint: MoshiCheckpoint, tmp_path: Path) -> None:
     data, out = make_data(tmp_path / "data", 1), tmp_path / "out"
     encode_data(str(data), out, checkpoint)

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from inlay.data.audio import MAIN_SPEAKER, SAMPLE_RATE, AudioFile
-from inlay.data.audio_check import Conversation, sound_conversations
+from inlay.data.audio import MAIN_SPEAKER, SAMPLE_RATE, AudioFile, Return
+from inlay.data.audio_check import Conversation, examine, sound_conversations
 from inlay.data.audio_reader import blocks
 from inlay.data.config import OnError
 from inlay.data.problems import DataError, Problems
@@ -131,8 +131,8 @@ def encode_data(
                 result.transcript,
                 codes=result.codes,
                 text=result.text,
-                samples=one.samples,
-                returns=one.transcript.returns,
+                samples=result.samples,
+                returns=result.returns,
             )
             encoded += 1
         problems.check()
@@ -195,6 +195,8 @@ class _Encoded:
     transcript: FileStamp
     codes: np.ndarray
     text: np.ndarray
+    samples: int
+    returns: tuple[Return, ...]
 
 
 class _Encoder:
@@ -202,12 +204,15 @@ class _Encoder:
         self.mimi = checkpoint.mimi
         self.interleaver = setup.interleaver(checkpoint)
 
-    def __call__(self, one: Conversation, tell: Callable[[float], None] | None = None) -> _Encoded:
-        path = one.file.path
-        # Stamped first: should a file change while it is read, the next call sees another stamp.
-        audio, transcript = _stamp(path), _stamp(one.file.transcript_path)
-        codes = mimi_codes(self.mimi, _told_blocks(path, tell))
-        return _Encoded(audio, transcript, codes, self.interleaver.text_stream(one.transcript.words, codes.shape[1]))
+    def __call__(self, file: AudioFile, tell: Callable[[float], None] | None = None) -> _Encoded:
+        # Stamped first, then read: should a file change meanwhile, the next call sees another stamp.
+        audio, transcript = _stamp(file.path), _stamp(file.transcript_path)
+        now, found = examine(file)
+        if now is None or found:
+            raise DataError("; ".join(finding.reason for finding in found))
+        codes = mimi_codes(self.mimi, _told_blocks(file.path, tell))
+        text = self.interleaver.text_stream(now.transcript.words, codes.shape[1])
+        return _Encoded(audio, transcript, codes, text, now.samples, now.transcript.returns)
 
 
 def _told_blocks(path: Path, tell: Callable[[float], None] | None) -> Iterator[np.ndarray]:
@@ -218,8 +223,11 @@ def _told_blocks(path: Path, tell: Callable[[float], None] | None) -> Iterator[n
 
 
 def _stamp(path: Path) -> FileStamp:
-    status = path.stat()
-    return FileStamp(str(path.resolve()), status.st_size, status.st_mtime_ns, sha256(path))
+    try:
+        status = path.stat()
+        return FileStamp(str(path.resolve()), status.st_size, status.st_mtime_ns, sha256(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read any more ({error.strerror})") from None
 
 
 _Results = Iterator[tuple[Conversation, _Encoded | DataError]]
@@ -230,7 +238,7 @@ def _in_this_process(todo: list[Conversation], setup: _Setup, checkpoint: MoshiC
     for one in todo:
         assert encoder is not None
         try:
-            yield one, encoder(one, tell)
+            yield one, encoder(one.file, tell)
         except DataError as error:
             yield one, error
 
@@ -245,7 +253,7 @@ def _in_workers(todo: list[Conversation], setup: _Setup, workers: int, tell: _To
     try:
         while True:
             for one in islice(waiting, 2 * workers - len(under_way)):
-                under_way[pool.submit(_encode_in_worker, one)] = one
+                under_way[pool.submit(_encode_in_worker, one.file)] = one
             if not under_way:
                 return
             for future in wait(under_way, return_when=FIRST_COMPLETED).done:
@@ -284,6 +292,6 @@ def _start_worker(setup: _Setup) -> None:
     _encoder = _Encoder(setup, load_checkpoint(setup.source, device=setup.device))
 
 
-def _encode_in_worker(one: Conversation) -> _Encoded:
+def _encode_in_worker(file: AudioFile) -> _Encoded:
     assert _encoder is not None
-    return _encoder(one)
+    return _encoder(file)

@@ -225,6 +225,23 @@ class TestSession:
             ours = [other.step(codes[:, :, 1:]), *steps_of(other).tensors().values()]
         assert all(a is b or torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_file_with_a_full_chunk_is_gone_on_with(
+        self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, codes, first = tmp_path / "s.safetensors", user_codes(1, CHUNK + 1), LMGen(tiny_lm(), use_sampling=False)
+        with first.streaming(1), monkeypatch.context() as patch:
+            patch.setattr("inlay.fastweight.stepping.StepState.commit", lambda self: None)
+            for t in range(CHUNK):
+                first.step(codes[:, :, t : t + 1])
+            assert steps_of(first).phase.tolist() == [CHUNK]
+            save_session(path, first)
+        other = KINDS[kind](tiny_lm(), use_sampling=False)
+        with other.streaming(1):
+            load_session(path, other)
+            other.step(codes[:, :, CHUNK:])
+            assert (steps_of(other).chunks.tolist(), steps_of(other).phase.tolist()) == ([1], [1])
+
     def test_it_is_refused_where_it_does_not_belong(self, tmp_path: Path) -> None:
         path = tmp_path / "session.safetensors"
 

@@ -300,6 +300,30 @@ def test_rows_can_be_loaded_in_place() -> None:
         assert steps_of(gen).chunks.tolist() == [(40 + CHUNK + 1) // CHUNK]
 
 
+@both_kinds
+@pytest.mark.parametrize("after", [CHUNK - 1, CHUNK])
+def test_an_error_in_the_step_that_fills_a_chunk_leaves_the_memory_whole(kind: str, after: int) -> None:
+    """Hooks come after the frame was read: the step before the last of a chunk, and the last."""
+    lm, failing = tiny_lm(), False
+
+    def hook(token: Tensor) -> None:
+        if failing:
+            raise KeyboardInterrupt
+
+    gen = KINDS[kind](lm, use_sampling=False, on_text_hook=hook)
+    codes = user_codes(2, 3 * CHUNK + 3)
+    with gen.streaming(2), listening(gen) as heard:
+        run(gen, codes[:, :, : after - 1])
+        failing = True
+        with pytest.raises(KeyboardInterrupt):
+            run(gen, codes[:, :, after - 1 : after])
+        failing = False
+        assert int(steps_of(gen).phase.max()) < CHUNK
+        run(gen, codes[:, :, after:])
+        assert steps_of(gen).chunks.tolist() == [3, 3]
+    assert_row_is_whole(lm, heard, 1)
+
+
 class TestRefusals:
     def test_attach_within_a_stream(self) -> None:
         lm = tiny_lm(memory=False)

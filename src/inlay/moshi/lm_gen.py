@@ -68,11 +68,15 @@ class MemoryLMGen(LMGen):
         if self._known != (steps, steps.version):  # new, or reset or replaced past this object
             self._read_rows()
         known, self._known = self._known, None  # after an error in the step it would not be known
-        out = super()._step(input_tokens, depformer_replace_tokens)
-        self._phases = [phase + runs for phase, runs in zip(self._phases, self._runs, strict=True)]
-        if steps.chunk_size in self._phases:
-            steps.commit()
-            self._phases = [phase % steps.chunk_size for phase in self._phases]
+        full = True  # for all that is known after an error, which may come when the frame has been read
+        try:
+            out = super()._step(input_tokens, depformer_replace_tokens)
+            self._phases = [phase + runs for phase, runs in zip(self._phases, self._runs, strict=True)]
+            full = steps.chunk_size in self._phases
+        finally:
+            if full:
+                steps.commit()
+        self._phases = [phase % steps.chunk_size for phase in self._phases]
         self._known = known
         return out
 
@@ -81,5 +85,6 @@ class MemoryLMGen(LMGen):
         steps = self._steps
         if steps is not None:
             steps.commits = "outside"
+            steps.commit()  # what another was kept from
             self._phases, self._runs = steps.phase.tolist(), steps.exec_mask.tolist()
             self._known = (steps, steps.version)

@@ -134,6 +134,7 @@ def load_session(path: str | Path, lm_gen: LMGen, mimi: MimiModel | None = None)
     stream = stream_of(lm_gen.lm_model)
     if stream is not None and stream.steps is not None:
         stream.steps.version += 1
+        stream.steps.commit()  # what an error in the last step may have kept it from
 
 
 def _held(lm_gen: LMGen, mimi: MimiModel | None) -> Iterator[tuple[str, Any, str, Any]]:

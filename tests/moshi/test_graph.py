@@ -13,7 +13,7 @@ from inlay.moshi.lm_gen import MemoryLMGen
 from inlay.moshi.streaming import steps_of
 from tests.closeness import assert_close
 from tests.moshi.graphs import CaptureError, Graphed, Recording, graphs
-from tests.moshi.streams import CHUNK, CONFIGS, KINDS, listening, tiny_lm, user_codes, whole
+from tests.moshi.streams import CARD, CHUNK, CONFIGS, KINDS, listening, tiny_lm, user_codes, whole
 
 __all__ = ["graphs"]
 
@@ -89,6 +89,24 @@ def test_rows_that_start_and_stop_by_graphs_of_their_own(graphs: None, kind: str
     for row in range(rows):
         given, output, _ = heard.row(row, ran[:, row].nonzero().flatten().tolist())
         assert_close(output, whole(lm, given)[0], 1e-4, f"row {row}")
+
+
+def test_frames_that_the_model_reads_between_the_steps_are_counted(graphs: None) -> None:
+    """``forward_text`` within the stream of an ``LMGen``, two of whose steps were a warm-up and a capture."""
+    lm, codes, ends = tiny_lm(), user_codes(2, 40), []
+    between = torch.randint(CARD, (2, lm.num_codebooks, 7), generator=torch.Generator().manual_seed(1))
+    for kind in KINDS.values():
+        gen = kind(lm, use_sampling=False)
+        with gen.streaming(2), torch.no_grad():
+            for t in range(40):
+                gen.step(codes[:, :, t : t + 1])
+                if t in (1, 20):
+                    lm.forward_text(between)
+                    assert int(steps_of(gen).phase.max()) < CHUNK
+            assert steps_of(gen).tokens.tolist() == [54] * 2
+            assert steps_of(gen).chunks.tolist() == [54 // CHUNK] * 2
+            ends.append({name: tensor.clone() for name, tensor in steps_of(gen).tensors().items()})
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_replays_give_what_eager_steps_give(monkeypatch: pytest.MonkeyPatch) -> None:

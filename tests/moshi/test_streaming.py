@@ -324,6 +324,21 @@ def test_an_error_in_the_step_that_fills_a_chunk_leaves_the_memory_whole(kind: s
     assert_row_is_whole(lm, heard, 1)
 
 
+def test_a_copy_of_a_state_commits_in_the_steps_of_another() -> None:
+    lm, codes, ends = tiny_lm(), user_codes(1, 3 * CHUNK), []
+    for kind in KINDS.values():
+        gen, plain = kind(lm, use_sampling=False), LMGen(lm, use_sampling=False)
+        with gen.streaming(1):
+            run(gen, codes[:, :, :5])
+            state = copy.deepcopy(lm.get_streaming_state())
+        with plain.streaming(1):
+            lm.set_streaming_state(state)
+            run(plain, codes[:, :, 5:])
+            assert steps_of(lm).chunks.tolist() == [3]
+            ends.append(buffers(plain))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 class TestRefusals:
     def test_attach_within_a_stream(self) -> None:
         lm = tiny_lm(memory=False)

@@ -8,9 +8,9 @@ memory comes to run for hours and to have written once. So here nothing that a s
 * rows stand at phases of their own, held on the device; a step writes each row's operands to the slot of its phase;
 * rows that the step does not run (``exec_mask`` False) keep every bit of theirs;
 * the step in which a row's chunk becomes full commits it, so between steps 0 ≤ phase < C. The product VᵀZ is made for
-  every row in every step and masked (``commits="masked"``: no question to the device, correct in a graph). Where
-  asking costs nothing, on the CPU outside a graph, it is made only if a row is full (``"asked"``). A caller that knows
-  when rows are full can leave it out of the steps and call :meth:`StepState.commit` between them (``"outside"``).
+  every row in every step and masked: no question to the device, correct in a graph. Where asking costs nothing, on the
+  CPU outside a graph, it is made only if a row is full. A caller that knows when rows are full can leave it out of its
+  steps (``commits`` False while they last) and call :meth:`StepState.commit` between them.
 
 What a masked commit costs in each step is one product of a whole chunk, B·C·D·(D + F) multiplications and a pass over
 the sum, per layer: for Moshi 7B about 32 GFLOP and 0.4 GB of traffic a layer and row, in a frame of 80 ms.
@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +33,6 @@ from inlay.fastweight.streaming import StateError
 
 if TYPE_CHECKING:
     from inlay.fastweight.layer import FastWeightProjection
-
-Commits = Literal["masked", "asked", "outside"]
 
 
 @dataclass
@@ -67,8 +65,9 @@ class StepState:
         tokens: ``[B]`` int64, tokens read since the row was empty.
         chunks: ``[B]`` int64, chunks committed since the row was empty.
         exec_mask: ``[B]`` bool, rows that the next step runs. Whoever owns the state writes it in place.
-        commits: Where full chunks are committed; None: ``asked`` on the CPU outside a graph, else ``masked``.
-        version: Counts what was done to the rows other than reading: whoever keeps a count of phases begins anew.
+        commits: Whether a step commits the chunks that it fills; else its caller does, by :meth:`commit`.
+        version: Counts what was done to the rows other than by steps whose caller commits: whoever keeps a count of
+            phases begins anew.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class StepState:
             capturing: Says whether Python runs only to record a graph.
         """
         self.exec_mask = exec_mask
-        self.commits: Commits | None = None
+        self.commits = True
         self.version = 0
         self._modules = dict(modules)
         self._capturing = capturing
@@ -193,31 +192,30 @@ class StepState:
 
     @torch.no_grad()
     def advance(self, tokens: int) -> None:
-        """After all layers have read the ``tokens`` tokens of a step: count them, and commit the chunks now full."""
+        """After all layers have read the ``tokens`` tokens of a step: count them, and commit the chunks now full.
+
+        Who steps by a graph must have the stream for itself: its replays do not raise ``version``.
+        """
         ran = self.exec_mask.long() * tokens
         end = self.phase + ran
         between = (end - 1).clamp(min=0) // self.chunk_size * self.exec_mask  # what ``read`` has committed
         self.tokens.add_(ran)
         self.chunks.add_(between)
         self.phase.copy_(end - between * self.chunk_size)
-        if self.commits != "outside":
+        if self.commits:
+            self.version += 1
             self.commit()
 
     @torch.no_grad()
     def commit(self) -> None:
         """Write the chunks that are full into their rows' sums, if any is; in place."""
         full = self.phase == self.chunk_size
-        if self._asks() and not bool(full.any()):
+        if self.phase.device.type == "cpu" and not self._capturing() and not bool(full.any()):
             return
         for index, buffers in self.layers.items():
             self._write(self._modules[index], buffers, full.to(buffers.sum.device))
         self.chunks.add_(full)
         self.phase.masked_fill_(full, 0)
-
-    def _asks(self) -> bool:
-        if self.commits is None:
-            return self.phase.device.type == "cpu" and not self._capturing()
-        return self.commits == "asked"
 
     def _write(self, module: FastWeightProjection, buffers: LayerBuffers, full: Tensor) -> None:
         """Commit the layer's chunks in the rows ``full`` ``[B]``."""

@@ -3,7 +3,8 @@
 With Kyutai's own ``LMGen`` every step makes the product of a whole chunk and masks it, because a captured graph cannot
 ask which rows are full. But the host can know: a row that runs gains one frame a step. :class:`MemoryLMGen` keeps that
 count and commits between steps, in one step out of C and outside the graph, on the same buffers. The numbers are those
-of ``LMGen``; the host never waits for the device within a step.
+of ``LMGen``; the host never waits for the device within a step. Whoever else advances the stream, by ``forward_text``
+or with a copy of its state, commits in its own steps, and the count is then taken anew.
 """
 
 from __future__ import annotations
@@ -65,15 +66,17 @@ class MemoryLMGen(LMGen):
         steps = self._steps
         if steps is None:
             return super()._step(input_tokens, depformer_replace_tokens)
-        if self._known != (steps, steps.version):  # new, or reset or replaced past this object
+        if self._known != (steps, steps.version):  # new, or advanced, reset or replaced past this object
             self._read_rows()
         known, self._known = self._known, None  # after an error in the step it would not be known
         full = True  # for all that is known after an error, which may come when the frame has been read
+        steps.commits = False
         try:
             out = super()._step(input_tokens, depformer_replace_tokens)
             self._phases = [phase + runs for phase, runs in zip(self._phases, self._runs, strict=True)]
             full = steps.chunk_size in self._phases
         finally:
+            steps.commits = True
             if full:
                 steps.commit()
         self._phases = [phase % steps.chunk_size for phase in self._phases]
@@ -84,7 +87,6 @@ class MemoryLMGen(LMGen):
         """Learn from the device where the rows stand: the one place that waits for it."""
         steps = self._steps
         if steps is not None:
-            steps.commits = "outside"
             steps.commit()  # what another was kept from
             self._phases, self._runs = steps.phase.tolist(), steps.exec_mask.tolist()
             self._known = (steps, steps.version)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from moshi.models.lm import LMModel
 from rich.console import Console
 from transformers import TrainingArguments
 from typer.testing import CliRunner
@@ -20,11 +21,13 @@ from typer.testing import CliRunner
 from inlay import MemoryNeverReadError
 from inlay.cli import app
 from inlay.data.problems import DataError
+from inlay.moshi.checkpoint import save_finetuned
+from inlay.moshi.lora import LoraConfig, add_lora, lora_layers
 from inlay.moshi.model import MoshiForTraining
 from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
 from inlay.train.directory import RunError
 from inlay.train.kinds import recipe_kind
-from inlay.train.moshi import build_moshi, load_moshi_run, train_moshi
+from inlay.train.moshi import build_moshi, checkpoint_config, load_moshi_run, train_moshi
 from inlay.train.moshi_recipe import MoshiRecipe, load_moshi_recipe
 from inlay.train.moshi_trainer import MoshiTrainer
 from inlay.train.trainer import read_metrics
@@ -85,6 +88,34 @@ def test_each_mode_trains_what_it_says_and_leaves_it_to_be_loaded(
     for line in lines:
         assert line["loss"] == pytest.approx(line["loss/text"] + line["loss/audio"], rel=1e-3)
         assert ("memory/sum_norm" in line) == (run.memory is not None)
+
+
+@pytest.mark.parametrize("mode", ["memory", "memory+lora", "plain"])
+def test_a_checkpoint_with_adapters_of_its_own_is_trained_with_them_fused(
+    mode: str, toy: MoshiCheckpoint, store: Path, tmp_path: Path
+) -> None:
+    lm, adapted = toy.load_lm(), tmp_path / "adapted"
+    add_lora(lm, LoraConfig(enable=True, rank=3))
+    for layer in lora_layers(lm):
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.3)
+    save_finetuned(tmp_path / "own", lm.requires_grad_(False), checkpoint_config(toy))
+    shutil.copytree(toy.source, adapted)
+    shutil.copy(tmp_path / "own" / "lora.safetensors", adapted)
+    config = json.loads((tmp_path / "own" / "config.json").read_text()) | {"lora_name": "lora.safetensors"}
+    (adapted / "config.json").write_text(json.dumps(config))
+    base = load_checkpoint(adapted, dtype=torch.float32)
+    codes = torch.randint(16, (1, 17, 20), generator=torch.Generator().manual_seed(0))
+
+    def said(model: LMModel) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(codes).text_logits
+
+    assert_close(said(base.load_lm()), said(lm), 1e-5)
+    recipe = make_recipe(base, store, **MODES[mode] | {"max_steps": 1, "optim": {"lr": 1e-9}})
+    train_moshi(recipe, tmp_path / "run")
+    run = load_moshi_run(tmp_path / "run", device="cpu")
+    assert len(list(lora_layers(run.lm))) == (len(list(lora_layers(lm))) if "lora" in mode else 0)
+    assert_close(said(run.lm), said(lm), 1e-5)
 
 
 def test_the_loss_falls_on_a_batch_seen_again_and_again(toy: MoshiCheckpoint, store: Path, tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ class MoshiSubject:
             dict(self.lm_config),
             device="meta",
             dtype=getattr(torch, step.dtype),
-            lm_kwargs_overrides={"gradient_checkpointing": step.gradient_checkpointing},
+            lm_kwargs_overrides={"gradient_checkpointing": step.gradient_checkpointing, "lora": False},
         )
         return MoshiForTraining(lm.train(), self.recipe.loss, most_blocks=_BLOCKS, slice_nats=_few_slices())
 

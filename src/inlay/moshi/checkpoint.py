@@ -8,7 +8,8 @@
       consolidated.safetensors  the whole model, where it was trained without memory and adapters: moshi-finetune's
 
 Kyutai's own loader reads ``config.json`` with ``lora.safetensors`` or ``consolidated.safetensors``;
-:func:`load_finetuned` reads everything.
+:func:`load_finetuned` reads everything. Adapters that the checkpoint itself has are fused into its weights first, which
+Kyutai's loader would have to be told of.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from inlay.moshi.yarn import YarnConfig, apply_yarn, yarn_of
 LORA_NAME = "lora.safetensors"
 WHOLE_NAME = "consolidated.safetensors"
 YARN_NAME = "yarn.json"
-_LORA_KEYS = ("lora", "lora_rank", "lora_scaling")
+_LORA_KEYS = ("lora", "lora_rank", "lora_scaling", "lora_name")
 
 
 def save_finetuned(directory: str | Path, lm: LMModel, config: Mapping[str, Any]) -> None:
@@ -210,7 +211,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__}, not an object")
-    absent = [key for key in _LORA_KEYS if key not in config] if config.get("lora") else []
+    absent = [key for key in ("lora_rank", "lora_scaling") if key not in config] if config.get("lora") else []
     if absent:
         raise CheckpointError(f"{path} says lora but not {absent[0]}")
     return config

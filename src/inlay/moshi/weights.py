@@ -23,6 +23,7 @@ from sentencepiece import SentencePieceProcessor
 
 from inlay.fastweight.errors import InlayError
 from inlay.files import sha256
+from inlay.moshi.lora import fuse_lora
 
 CONFIG_NAME = "config.json"
 _WITHOUT_CONFIG = {
@@ -55,13 +56,14 @@ class MoshiCheckpoint:
         return self.load_lm()
 
     def load_lm(self, **overrides: Any) -> LMModel:
-        """A new language model with the checkpoint's weights.
+        """A new language model with the checkpoint's weights; LoRA that the checkpoint brings is fused into them.
 
         Args:
             overrides: Arguments of `LMModel` in place of config.json's, such as `gradient_checkpointing=True` or
                 `context=6000`.
         """
         model: LMModel = self.info.get_moshi(device=self.device, dtype=self.dtype, lm_kwargs_overrides=overrides)
+        fuse_lora(model)
         return model
 
     @cached_property

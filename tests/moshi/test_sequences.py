@@ -205,6 +205,16 @@ def test_weights_share_out_an_epoch_and_read_every_sequence_before_any_twice(tmp
     assert load(f"{big}:1,{small}:3", eval_data=str(small)).train.rows == weighted.rows
 
 
+def test_without_shuffle_weighted_rows_are_in_the_order_of_the_data(tmp_path: Path) -> None:
+    names = [f"s/{index}" for index in range(10)]
+    one, other = (write_store(tmp_path / name, {**dict.fromkeys(names, 20)}) for name in ("one", "other"))
+    rows = load(f"{one}:1,{other}:3").train.rows
+    assert [row[0][:2] for row in rows] == [(0, i) for i in range(5)] + [(1, i % 10) for i in range(15)]
+    shuffled = load(f"{one}:1,{other}:3", shuffle=True).train.rows
+    assert Counter(row[0].store for row in shuffled) == {0: 5, 1: 15}
+    assert {row[0].entry for row in shuffled[5:15]} == set(range(10))
+
+
 def test_weights_given_when_encoding_hold_within_a_store(tmp_path: Path) -> None:
     lengths = {f"{source}/{index}": 20 for source in ("x", "y") for index in range(20)}
     folder = write_store(tmp_path / "s", lengths, weights={"x": 3.0, "y": 1.0})

@@ -24,6 +24,7 @@ from inlay.data.problems import DataError
 from inlay.moshi.checkpoint import save_finetuned
 from inlay.moshi.lora import LoraConfig, add_lora, lora_layers
 from inlay.moshi.model import MoshiForTraining
+from inlay.moshi.sequences import MoshiSequences
 from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
 from inlay.train.directory import RunError
 from inlay.train.kinds import recipe_kind
@@ -155,6 +156,19 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
     assert not (tmp_path / "stopped" / "checkpoint-5").exists()
     again = dict(load_moshi_run(tmp_path / "stopped").lm.named_parameters())
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_without_shuffle_sequences_are_read_in_order(
+    shuffle: bool, toy: MoshiCheckpoint, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    item = MoshiSequences.__getitem__
+    monkeypatch.setattr(MoshiSequences, "__getitem__", lambda self, index: (read.append(index), item(self, index))[1])
+    recipe = make_recipe(toy, store, duration_sec=4.8, max_steps=1, batch_size=8)
+    train_moshi(recipe.model_copy(update={"data": recipe.data.model_copy(update={"shuffle": shuffle})}), tmp_path)
+    assert sorted(read) == list(range(8))
+    assert (read == sorted(read)) is not shuffle
 
 
 def test_microbatches_average_their_gradients(toy: MoshiCheckpoint, store: Path, tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ class SequenceConfig(BaseModel):
     """Share of files held out by the hash of their audio, when `eval_data` is empty."""
 
     shuffle: bool = True
-    """Files in another order, drawn from the run's seed; without, as DATA has them. Evaluation is never shuffled."""
+    """Files and sequences in another order, drawn from the run's seed; without, as DATA has them. Evaluation is never
+    shuffled."""
 
 
 class Piece(NamedTuple):
@@ -365,8 +366,9 @@ class _Rows:
             count = max(1, round(len(self.rows) * share / total))
             generator = np.random.default_rng([self.seed, number])
             # Every row once before any is drawn again.
-            order = np.concatenate([generator.permutation(len(rows)) for _ in range(-(-count // len(rows)))])
-            drawn += [rows[index] for index in order[:count]]
+            for first in range(0, count, len(rows)):
+                order = generator.permutation(len(rows)) if self.shuffle else np.arange(len(rows))
+                drawn += [rows[index] for index in order[: count - first]]
         return drawn
 
     def _source_weight(self, source: tuple[int, str]) -> float | None:

@@ -236,6 +236,7 @@ class MoshiRecipe(RunRecipe):
             "save_total_limit": self.num_ckpt_keep,
             "bf16": self.param_dtype == "bfloat16",
             "save_strategy": "no",
+            "train_sampling_strategy": "random" if self.data.shuffle else "sequential",
         }
         if self.do_ckpt and self.ckpt_freq:
             arguments |= {"save_strategy": "steps", "save_steps": self.ckpt_freq}

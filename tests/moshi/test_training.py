@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from inlay import MemoryNeverReadError
 from inlay.cli import app
 from inlay.data.problems import DataError
+from inlay.doctor.moshi_lint import MoshiCase, lint_moshi
 from inlay.moshi.checkpoint import save_finetuned
 from inlay.moshi.lora import LoraConfig, add_lora, lora_layers
 from inlay.moshi.model import MoshiForTraining
@@ -30,6 +31,7 @@ from inlay.train.directory import RunError
 from inlay.train.kinds import recipe_kind
 from inlay.train.moshi import build_moshi, checkpoint_config, load_moshi_run, train_moshi
 from inlay.train.moshi_recipe import MoshiRecipe, load_moshi_recipe
+from inlay.train.moshi_report import evaluate_moshi_run
 from inlay.train.moshi_trainer import MoshiTrainer
 from inlay.train.trainer import read_metrics
 from inlay.train.yaml_recipe import RecipeError, check_recipe, dump_recipe
@@ -169,6 +171,17 @@ def test_without_shuffle_sequences_are_read_in_order(
     train_moshi(recipe.model_copy(update={"data": recipe.data.model_copy(update={"shuffle": shuffle})}), tmp_path)
     assert sorted(read) == list(range(8))
     assert (read == sorted(read)) is not shuffle
+
+
+def test_a_run_that_does_not_evaluate_needs_no_data_for_it(toy: MoshiCheckpoint, store: Path, tmp_path: Path) -> None:
+    data = {"train_data": str(store), "eval_fraction": 0.0, "min_sec": 1.0}
+    recipe = make_recipe(toy, store, data=data, max_steps=1)
+    train_moshi(recipe, tmp_path / "run")
+    lint_moshi(MoshiCase(recipe, toy, recipe.load_data())).findings()  # looks through what there is
+    with pytest.raises(DataError, match=r"no evaluation sequence in the held-out share \(eval_fraction 0.0\)"):
+        evaluate_moshi_run(tmp_path / "run", device="cpu")
+    with pytest.raises(DataError, match="no evaluation sequence"):
+        train_moshi(make_recipe(toy, store, data=data, do_eval=True), tmp_path / "other")
 
 
 def test_microbatches_average_their_gradients(toy: MoshiCheckpoint, store: Path, tmp_path: Path) -> None:

@@ -163,6 +163,8 @@ def _words(case: MoshiCase) -> Iterator[Finding]:
     """A main speaker without words, as when another name stands in the alignments or the channels are swapped."""
     for name, split in (("training", case.data.train), ("evaluation", case.data.eval)):
         files = sorted({(piece.store, piece.entry) for row in split.rows for piece in row})
+        if not files:
+            continue
         read = [files[index] for index in choose(len(files), _READ_FILES)]
         silent = [file for file in read if not _has_words(split.stores[file[0]], file[1])]
         if len(silent) <= _SILENT * len(read):

@@ -101,7 +101,7 @@ def _longer_batch(model: MoshiCausalLM, recipe: MoshiRecipe) -> dict[str, Tensor
         return None
     whole = recipe.data.model_copy(update={"min_sec": seconds})
     try:
-        data = load_sequences(whole, duration_sec=seconds, seed=recipe.seed)
+        data = load_sequences(whole, duration_sec=seconds, seed=recipe.seed, needs_eval=False)
     except DataError:
         return None
     return model.sample(data.train, recipe.batch_size, recipe.seed)

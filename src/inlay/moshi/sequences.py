@@ -211,16 +211,19 @@ class MoshiData:
     eval_statistics: SequenceStatistics
 
 
-def load_sequences(config: SequenceConfig, *, duration_sec: float = 100.0, seed: int = 0) -> MoshiData:
+def load_sequences(
+    config: SequenceConfig, *, duration_sec: float = 100.0, seed: int = 0, needs_eval: bool = True
+) -> MoshiData:
     """Open the stores and settle the sequences.
 
     Args:
         config: Which.
         duration_sec: Seconds of a full one.
         seed: Of the order and of what is drawn by weight.
+        needs_eval: Whether there must be a sequence for evaluation.
 
     Raises:
-        DataError: No such store, stores of different Mimis, or no sequence for training or evaluation.
+        DataError: No such store, stores of different Mimis, or no sequence for training or, if needed, evaluation.
     """
     stores, weights = _open_stores(config.train_data)
     if config.eval_data:
@@ -238,7 +241,7 @@ def load_sequences(config: SequenceConfig, *, duration_sec: float = 100.0, seed:
     held_rows = _Rows(eval_stores, config, eval_files, duration_sec, seed, shuffle=False)
     if not train.rows:
         raise DataError(f"no training sequence in {config.train_data}: {train.why_none()}")
-    if not held_rows.rows:
+    if needs_eval and not held_rows.rows:
         where = config.eval_data or f"the held-out share (eval_fraction {config.eval_fraction})"
         raise DataError(f"no evaluation sequence in {where}: {held_rows.why_none()}, or give data.eval_data")
     rows = train.weighted(weights)

@@ -115,7 +115,8 @@ def train_moshi(
     if memory is not None:
         memory.check_lengths([_longest(data, memory)])
         for name, split in (("Training", data.train_statistics), ("Evaluation", data.eval_statistics)):
-            console.print(split.table(name, chunk_size=memory.config.chunk_size, boundary=memory.config.boundary))
+            if split.rows:
+                console.print(split.table(name, chunk_size=memory.config.chunk_size, boundary=memory.config.boundary))
     console.print(_model_line(lm, memory))
 
     begin_run(directory, recipe)

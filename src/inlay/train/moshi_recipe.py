@@ -209,9 +209,11 @@ class MoshiRecipe(RunRecipe):
         """T, frames of a full sequence."""
         return frames_of(self.duration_sec)
 
-    def load_data(self) -> MoshiData:
-        """The run's sequences, as :func:`~inlay.moshi.sequences.load_sequences` opens them."""
-        return load_sequences(self.data, duration_sec=self.duration_sec, seed=self.seed)
+    def load_data(self, *, needs_eval: bool | None = None) -> MoshiData:
+        """The run's sequences, as :func:`~inlay.moshi.sequences.load_sequences` opens them; those for evaluation may be
+        none without ``do_eval``, unless ``needs_eval`` says otherwise."""
+        needs = self.do_eval if needs_eval is None else needs_eval
+        return load_sequences(self.data, duration_sec=self.duration_sec, seed=self.seed, needs_eval=needs)
 
     @property
     def loss(self) -> LossConfig:

@@ -68,10 +68,10 @@ def evaluate_moshi_run(
 
     Raises:
         RunError: It is no finished run.
-        DataError: The run's data cannot be read.
+        DataError: The run's data cannot be read, or hold no sequence for evaluation.
     """
     run = load_moshi_run(directory, device=device)
-    data = run.recipe.load_data()
+    data = run.recipe.load_data(needs_eval=True)
     refuse_other_codes(data, run.checkpoint)
     task = MoshiForTraining(run.lm, run.recipe.loss)
     try:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import wave
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from inlay.moshi.sequences import MoshiSequences
 from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
 from inlay.train.directory import RunError
 from inlay.train.kinds import recipe_kind
-from inlay.train.moshi import build_moshi, checkpoint_config, load_moshi_run, train_moshi
+from inlay.train.moshi import build_moshi, checkpoint_config, load_moshi_run, refuse_other_codes, train_moshi
 from inlay.train.moshi_recipe import MoshiRecipe, load_moshi_recipe
 from inlay.train.moshi_report import evaluate_moshi_run
 from inlay.train.moshi_trainer import MoshiTrainer
@@ -359,6 +360,22 @@ def test_codes_of_another_mimi_and_documents_of_one_chunk_are_refused(
     with pytest.raises(MemoryNeverReadError, match="no document is longer than a chunk"):
         train_moshi(make_recipe(toy, store, memory={"layers": [0], "chunk_size": 120}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_q": 8}, "has 16 streams of codes, .* reads 8: it cannot be trained on these conversations"),
+        ({"card": 8}, "has 16 codes in a codebook, .* reads 8"),
+        ({"existing_text_padding_id": 1}, "has 3 as the text's padding, .* reads 1"),
+    ],
+)
+def test_a_model_of_other_streams_is_refused(
+    changes: dict[str, Any], message: str, toy: MoshiCheckpoint, store: Path
+) -> None:
+    other = replace(toy, lm_config=toy.lm_config | changes)
+    with pytest.raises(DataError, match=message):
+        refuse_other_codes(make_recipe(toy, store).load_data(), other)
 
 
 def test_the_recipe_that_comes_along_is_valid() -> None:

@@ -214,7 +214,7 @@ def refuse_other_codes(data: MoshiData, checkpoint: MoshiCheckpoint) -> None:
     """Make sure that the codes were made for this model.
 
     Raises:
-        DataError: Another Mimi or text tokenizer made them.
+        DataError: Another Mimi or text tokenizer made them, or they have other streams or tokens than the model reads.
     """
     for store in (*data.train.stores, *data.eval.stores):
         for what, theirs, ours in (
@@ -225,6 +225,17 @@ def refuse_other_codes(data: MoshiData, checkpoint: MoshiCheckpoint) -> None:
                 raise DataError(
                     f"{store.directory} was encoded with another {what} than {checkpoint.source} has; encode the "
                     f"audio with it: inlay moshi encode DATA OUT --weights {checkpoint.source}"
+                )
+        for what, there, here in (
+            ("streams of codes", 2 * store.identity.codebooks, int(checkpoint.lm_config["n_q"])),
+            ("codes in a codebook", store.identity.card, int(checkpoint.lm_config["card"])),
+            ("as the text's padding", store.identity.text_padding_id, checkpoint.text_padding_id),
+            ("as its last padding", store.identity.end_of_text_padding_id, checkpoint.end_of_text_padding_id),
+        ):
+            if there != here:
+                raise DataError(
+                    f"{store.directory} has {there} {what}, {checkpoint.source} reads {here}: it cannot be trained on "
+                    "these conversations, which need a model of both speakers with the same sizes"
                 )
 
 

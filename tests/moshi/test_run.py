@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import sphn
 import torch
-from moshi.models import LMGen
+from moshi.conditioners import ConditionAttributes
+from moshi.models import LMGen, loaders
 from typer.testing import CliRunner
 
 import inlay
@@ -278,6 +279,37 @@ class TestSession:
         content[-20] ^= 1
         path.write_bytes(bytes(content))
         refused(gen(), 1, "damaged")
+
+    @pytest.mark.parametrize("way", ["sum", "cross"])
+    def test_a_session_belongs_to_its_conditions(self, way: str, tmp_path: Path) -> None:
+        lut = {"type": "lut", "lut": {"n_bins": 3, "dim": 8, "tokenizer": "noop", "possible_values": ["a", "b"]}}
+        fuser = {"cross_attention_pos_emb": False, "sum": [], "cross": []} | {way: ["mood"]}
+        sizes = {"cross_attention": way == "cross", "dim": 16, "card": 16, "text_card": 24, "num_heads": 2}
+        sizes |= {"num_layers": 2, "context": 12, "depformer_dim": 8, "depformer_num_heads": 2}
+        sizes |= {"depformer_num_layers": 1, "depformer_dim_feedforward": 24}
+        kwargs: dict[str, Any] = loaders._lm_kwargs | sizes | {"conditioners": {"mood": lut}, "fuser": fuser}
+        torch.manual_seed(0)
+        lm = loaders.get_moshi_lm(None, kwargs, dtype=torch.float32)
+
+        def gen(mood: str) -> LMGen:
+            conditions = lm.condition_provider.prepare_and_provide(
+                [ConditionAttributes(text={"mood": mood}, tensor={})]
+            )
+            return MemoryLMGen(lm, use_sampling=False, condition_tensors=conditions)
+
+        path, codes = tmp_path / "s.safetensors", torch.zeros(1, 8, 1, dtype=torch.long)
+        for mood in "aab":
+            other = gen(mood)
+            with other.streaming(1):
+                if not path.exists():
+                    other.step(codes)
+                    save_session(path, other)
+                elif mood == "a":
+                    load_session(path, other)
+                    other.step(codes)
+                else:
+                    with pytest.raises(inlay.CheckpointError, match=f"begun with another condition for {way}"):
+                        load_session(path, other)
 
     def test_its_size_is_constant(self, tmp_path: Path) -> None:
         gen = MemoryLMGen(tiny_lm())

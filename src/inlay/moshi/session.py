@@ -39,6 +39,7 @@ _SETTINGS = {"initial", "condition_sum", "condition_cross", "cfg_is_masked_until
 _SETTINGS |= {"batch_size", "capacity", "respect_exec_mask"}
 # Made at the first step, not with the stream.
 _LATER = {"k_cross", "v_cross"}
+_CONDITIONS = ("condition_sum", "condition_cross")
 _SAMPLE = 64
 _RANDOM = "random"
 
@@ -64,6 +65,8 @@ def save_session(path: str | Path, lm_gen: LMGen, mimi: MimiModel | None = None)
     tensors[_RANDOM] = _random_state(lm_gen.lm_model.device)
     state = lm_gen._streaming_state
     assert state is not None
+    conditions = {name: value for name in _CONDITIONS if (value := getattr(state, name)) is not None}
+    tensors |= {name: value.detach().to("cpu", copy=True).contiguous() for name, value in conditions.items()}
     content = {
         "format": FORMAT,
         "inlay": __version__,
@@ -71,6 +74,7 @@ def save_session(path: str | Path, lm_gen: LMGen, mimi: MimiModel | None = None)
         "sampled weights": _fingerprint(lm_gen.lm_model),
         "sampled weights of Mimi": None if mimi is None else _fingerprint(mimi),
         "batch_size": state.batch_size,
+        "conditions": [*conditions],
         "frames": state.offsets.tolist(),
         "chunks_committed": _chunks(lm_gen),
         "numbers": numbers,
@@ -82,8 +86,8 @@ def load_session(path: str | Path, lm_gen: LMGen, mimi: MimiModel | None = None)
     """Let the open streams of ``lm_gen`` and ``mimi`` go on from what :func:`save_session` wrote.
 
     Raises:
-        CheckpointError: The file is missing, damaged, of a newer format, or of another model, memory, training or
-            number of rows; the message says which. Nothing is changed.
+        CheckpointError: The file is missing, damaged, of a newer format, or of another model, memory, training,
+            condition or number of rows; the message says which. Nothing is changed.
         StateError: A stream is not open.
     """
     path = Path(path)
@@ -105,6 +109,12 @@ def load_session(path: str | Path, lm_gen: LMGen, mimi: MimiModel | None = None)
             raise CheckpointError(
                 f"the session in {path} is of other weights: the {what} has been trained since or is another one, and "
                 "what one has read means nothing to the other. Load what it was saved with, or begin a new session"
+            )
+    for name in _CONDITIONS if "conditions" in content else ():
+        if not _close(tensors.pop(name, None), getattr(state, name)):
+            raise CheckpointError(
+                f"the session in {path} was begun with another {name.replace('_', ' for ')}: give lm_gen the "
+                "condition_tensors of then, or begin a new session"
             )
     numbers: dict[str, int] = content["numbers"]
     random = tensors.pop(_RANDOM)
@@ -148,6 +158,14 @@ def _held(lm_gen: LMGen, mimi: MimiModel | None) -> Iterator[tuple[str, Any, str
             raise StateError(f"{what} has no stream open: enter 'with {what}.streaming(batch_size)' first")
         for name, state in module.get_streaming_state().items():
             yield from _fields(f"{part}.{name}", state)
+
+
+def _close(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two conditions are the same but for rounding, on another device for one."""
+    if one is None or other is None or one.shape != other.shape:
+        return one is other
+    one, other = one.float(), other.detach().cpu().float()
+    return bool((one - other).norm() <= 0.01 * one.norm())
 
 
 def _size(tensor: Tensor) -> tuple[list[int], str]:

@@ -181,5 +181,20 @@ def test_what_does_not_fit_is_refused() -> None:
         task(make_codes(1, 5))
 
 
+@pytest.mark.parametrize("kind", ["sin", "sin_rope"])
+def test_packed_documents_are_refused_where_positions_are_counted_from_the_rows_start(kind: str) -> None:
+    lm, codes, alone = (
+        make_lm(positional_embedding=kind),
+        make_codes(2, 12),
+        torch.tensor([[0] * 12, [0] * 7 + [-1] * 5]),
+    )
+    packed = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
+    task = MoshiForTraining(lm)
+    with pytest.raises(inlay.InlayError, match=r"positional_embedding: sin\).* use data\.packing: cut"):
+        task(codes, packed)
+    task(codes, alone)
+    MoshiForTraining(task.restore(), boundary="carry")(codes, packed)
+
+
 def test_perplexity_is_e_to_the_nats() -> None:
     assert perplexity(math.log(50)) == pytest.approx(50)

@@ -378,6 +378,16 @@ def test_a_model_of_other_streams_is_refused(
         refuse_other_codes(make_recipe(toy, store).load_data(), other)
 
 
+def test_packed_documents_are_refused_before_a_run_where_positions_are_counted(
+    toy: MoshiCheckpoint, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inlay.train.moshi.counts_positions", lambda lm: True)
+    data = {"train_data": str(store), "eval_data": str(store), "min_sec": 1.0, "packing": "concatenate"}
+    with pytest.raises(DataError, match=r"use data\.packing: cut, or boundary: carry"):
+        train_moshi(make_recipe(toy, store, data=data, duration_sec=15.0), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_recipe_that_comes_along_is_valid() -> None:
     recipe = load_moshi_recipe(Path("recipes/moshi.yaml"))
     assert recipe.frames == 32_000

@@ -23,6 +23,12 @@ from inlay.moshi.loss import SLICE, LossConfig, MoshiLoss, SliceNats, moshi_loss
 from inlay.moshi.norm import use_sliced_norms
 from inlay.moshi.weights import is_conditioned
 
+PACKED = (
+    "this model adds to a frame its place in the sequence (positional_embedding: sin), so several documents in one "
+    "would be learnt at places that a stream does not have: use data.packing: cut, or boundary: carry"
+)
+"""What is said of packed documents that such a model cannot tell apart."""
+
 
 class MoshiForTraining(nn.Module):
     """A Moshi whose forward is a loss.
@@ -141,11 +147,22 @@ class MoshiForTraining(nn.Module):
             undo()
 
     def told_apart(self, documents: Tensor | None) -> Tensor | None:
-        """The documents ``[B, T]`` that are told apart; None where every row is one without padding."""
+        """The documents ``[B, T]`` that are told apart; None where every row is one without padding.
+
+        Raises:
+            InlayError: A row has several, which this model's positions do not tell apart.
+        """
         if documents is None:
             return None
         if self.boundary == "carry":
             documents = documents.clamp(max=0)
         if bool((documents == documents[:, :1]).all() & (documents >= 0).all()):
             return None
+        if counts_positions(self.lm) and bool(((documents != documents[:, :1]) & (documents >= 0)).any()):
+            raise InlayError(PACKED)
         return documents
+
+
+def counts_positions(lm: LMModel) -> bool:
+    """Whether a frame's place in its row is added to it, so that a document behind another is not as by itself."""
+    return lm.transformer.positional_embedding in ("sin", "sin_rope")

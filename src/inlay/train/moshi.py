@@ -29,7 +29,7 @@ from inlay.fastweight import Memory, attach
 from inlay.moshi.checkpoint import load_finetuned
 from inlay.moshi.duplex import Moshi
 from inlay.moshi.lora import add_lora, embedding_parameters, lora_layers
-from inlay.moshi.model import MoshiForTraining
+from inlay.moshi.model import PACKED, MoshiForTraining, counts_positions
 from inlay.moshi.sequences import MoshiData, collate_sequences
 from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
 from inlay.moshi.yarn import apply_yarn
@@ -112,6 +112,7 @@ def train_moshi(
     )
     refuse_other_codes(data, checkpoint)
     lm, memory = build_moshi(recipe, checkpoint)
+    _refuse_packed(data, lm, memory)
     if memory is not None:
         memory.check_lengths([_longest(data, memory)])
         for name, split in (("Training", data.train_statistics), ("Evaluation", data.eval_statistics)):
@@ -237,6 +238,13 @@ def refuse_other_codes(data: MoshiData, checkpoint: MoshiCheckpoint) -> None:
                     f"{store.directory} has {there} {what}, {checkpoint.source} reads {here}: it cannot be trained on "
                     "these conversations, which need a model of both speakers with the same sizes"
                 )
+
+
+def _refuse_packed(data: MoshiData, lm: LMModel, memory: Memory | None) -> None:
+    apart = memory is None or memory.config.boundary == "reset"
+    rows = (*data.train_statistics.rows, *data.eval_statistics.rows)
+    if apart and counts_positions(lm) and any(len(row) > 1 for row in rows):
+        raise DataError(PACKED)
 
 
 def _longest(data: MoshiData, memory: Memory) -> int:

@@ -21,7 +21,7 @@ from inlay import cli
 from inlay.data import DataError
 from inlay.fastweight.streaming import StateError
 from inlay.moshi.commits import CommitLog
-from inlay.moshi.duplex import DuplexError, Moshi, Voice, _Pieces, load_moshi
+from inlay.moshi.duplex import Duplex, DuplexError, Moshi, Voice, _Pieces, load_moshi
 from inlay.moshi.lm_gen import MemoryLMGen
 from inlay.moshi.run import run_file
 from inlay.moshi.run_report import run_sections, write_run
@@ -175,6 +175,22 @@ class TestFile:
     def test_weights_are_not_widened(self, checkpoint: Path) -> None:
         """Kyutai's 7B are 15 GB in bfloat16: in float32 they do not fit where these do."""
         assert {p.dtype for p in load_moshi(checkpoint).lm.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (np.zeros(FRAME, np.int16), r"not \[1920\] int16; divide by 32,768 as float32"),
+        (np.zeros(FRAME), r"not \[1920\] float64; use \.astype"),
+        (np.zeros(1000, np.float32), r"a frame is \[1920\] float32 samples in -1…1, not \[1000\] float32$"),
+        (np.zeros((1, FRAME), np.float32), r"not \[1, 1920\] float32$"),
+    ],
+)
+def test_what_is_no_frame_is_not_heard(frame: Any, message: str, moshi: Moshi) -> None:
+    with Duplex(moshi) as duplex:
+        with pytest.raises(DuplexError, match=message):
+            duplex.hear(frame)
+        assert duplex.frames == 0
 
 
 class TestSession:

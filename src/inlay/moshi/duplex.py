@@ -171,7 +171,20 @@ class Duplex:
 
     @torch.no_grad()
     def hear(self, samples: Samples) -> Reply:
-        """Hear one frame of the user's voice, ``[frame_size]`` float32 at Mimi's rate, and answer."""
+        """Hear one frame of the user's voice, ``[frame_size]`` float32 in −1…1 at Mimi's rate, and answer.
+
+        Raises:
+            DuplexError: It is no such frame. Nothing was heard.
+        """
+        if samples.dtype != np.float32 or samples.shape != (self.moshi.frame_size,):
+            fix = {
+                "i": f"; divide by {2 ** (8 * samples.dtype.itemsize - 1):,} as float32",
+                "f": "; use .astype(np.float32)",
+            }
+            raise DuplexError(
+                f"a frame is [{self.moshi.frame_size}] float32 samples in -1…1, not {[*samples.shape]} {samples.dtype}"
+                + (fix.get(samples.dtype.kind, "") if samples.dtype != np.float32 else "")
+            )
         with uncompiled(self.moshi.lm.device):  # Kyutai's small kernels: on a CPU compiling them takes a minute
             return self._hear(samples)
 

@@ -137,6 +137,18 @@ def test_adapters_under_the_older_names_of_attention_are_read_as_kyutai_reads_th
     assert torch.equal(logits(load_finetuned(toy, tmp_path)[0]), logits(lm))
 
 
+def test_files_of_before_do_not_stay_in_the_folder(toy: MoshiCheckpoint, tmp_path: Path) -> None:
+    kinds = {
+        "all": {"consolidated.safetensors"},
+        "lora": {"lora.safetensors"},
+        "memory+lora": {"lora.safetensors", "memory.json", "memory.safetensors"},
+        "memory": {"memory.json", "memory.safetensors"},
+    }
+    for kind in ("all", "lora", "memory+lora", "memory", "all"):
+        save_finetuned(tmp_path, trained(toy, kind, steps=0), raw(toy))
+        assert {path.name for path in tmp_path.iterdir()} == kinds[kind] | {"config.json"}
+
+
 def test_a_memory_of_before_does_not_stay_in_the_folder(toy: MoshiCheckpoint, tmp_path: Path) -> None:
     lm = trained(toy, "memory")
     save_finetuned(tmp_path, lm, raw(toy))

@@ -76,9 +76,10 @@ def save_finetuned(directory: str | Path, lm: LMModel, config: Mapping[str, Any]
             f"these are trained and have no file: {', '.join(unsaved[:5])}{' …' if len(unsaved) > 5 else ''}. With "
             "LoRA only adapters and embeddings are (ft_embed); use mode: all without LoRA to train more"
         )
-    if memory is None:  # of one that was saved here before
-        for name in (memory_files.HEADER, memory_files.TENSORS):
-            (directory / name).unlink(missing_ok=True)
+    kept = {LORA_NAME} if adapters else {WHOLE_NAME} if memory is None else set()
+    kept |= set() if memory is None else {memory_files.HEADER, memory_files.TENSORS}
+    for name in {LORA_NAME, WHOLE_NAME, memory_files.HEADER, memory_files.TENSORS} - kept:
+        (directory / name).unlink(missing_ok=True)  # of what was saved here before
     yarn = yarn_of(lm)
     if yarn is None:
         (directory / YARN_NAME).unlink(missing_ok=True)

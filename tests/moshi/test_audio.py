@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sphn
 from rich.console import Console
 
 from inlay.data.audio import DataPath, Return, Word, parse_data, read_manifests, read_transcript
@@ -83,6 +84,22 @@ def test_blocks_put_together_are_the_file(tmp_path: Path) -> None:
         parts = list(blocks(path, seconds))
         assert all(part.shape[1] == seconds * 24_000 for part in parts[:-1])
         np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["a.opus", "a.ogg"])
+def test_opus_is_read_whole_at_its_own_rate(name: str, tmp_path: Path) -> None:
+    tones = np.sin(2 * np.pi * np.array([[300.0], [1000.0]]) * np.arange(48_000) / 24_000).astype(np.float32)
+    sphn.write_opus(str(tmp_path / name), tones * 0.5, 24_000)
+    header = read_header(tmp_path / name)
+    assert (header.sample_rate, header.channels) == (48_000, 2)
+    assert header.duration == pytest.approx(2.0, abs=0.05)
+    samples = np.concatenate(list(blocks(tmp_path / name, 1)), axis=1)
+    assert samples.shape == (2, header.samples)
+    spectra = np.abs(np.fft.rfft(samples[:, :48_000]))  # a second: a bin is 1 Hz
+    assert spectra.argmax(axis=1).tolist() == [300, 1000]
+    (tmp_path / name).write_bytes(b"no sound")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_header(tmp_path / name)
 
 
 def test_a_file_that_ends_before_its_header_says_is_told_by_check_and_by_reading(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,7 @@ from inlay.data.problems import DataError
 
 # sphn finds a sample by its time in these exactly; in Ogg and MP3 it lands on a packet's border.
 _SEEKABLE = {".wav", ".flac"}
+_MAYBE_OPUS = {".opus", ".ogg", ".oga"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,22 @@ def _open(path: Path) -> Any:
     try:
         return sphn.FileReader(str(path))
     except ValueError as error:
+        if path.suffix.lower() in _MAYBE_OPUS:
+            with suppress(ValueError):
+                return _Opus(*sphn.read_opus(str(path)))
         raise DataError(f"audio {path} cannot be read ({_told(error)})") from None
+
+
+class _Opus:
+    """An Opus file with the methods of sphn's ``FileReader``, which reads none."""
+
+    def __init__(self, whole: np.ndarray, sample_rate: int) -> None:
+        self.whole, self.sample_rate = whole, sample_rate
+        self.channels = whole.shape[0]
+        self.duration_sec = whole.shape[1] / sample_rate
+
+    def decode_all(self) -> np.ndarray:
+        return self.whole
 
 
 def _header(reader: Any) -> AudioHeader:

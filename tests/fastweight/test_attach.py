@@ -286,11 +286,11 @@ def test_train_only_refuses_what_it_does_not_know() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it where the graph breaks
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_model_gives_the_same(backend: str) -> None:
+@pytest.mark.parametrize(("backend", "target"), [("eager", "hidden"), ("aot_eager", "embeddings")])
+def test_a_compiled_model_gives_the_same(backend: str, target: str) -> None:
     torch._dynamo.reset()
     model = LLAMA.make()
-    memory = inlay.attach(model, LLAMA.config())
+    memory = inlay.attach(model, LLAMA.config(target=target))
     expected = logits(model)
     other = LLAMA.tokens(2, 22, seed=4)
     document_ids = torch.tensor([0] * 10 + [1] * 12).expand(2, -1)

@@ -320,6 +320,7 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and "forward" not in module.__dict__ and not any(getattr(module, h) for h in hooks)
 
 
+@torch.compiler.disable
 def capture_mlp_input(
     layer: FastWeightProjection, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:

@@ -348,7 +348,7 @@ def test_a_run_without_a_memory_chats_and_says_that_it_has_none(runs: Path) -> N
 
 
 def test_generate_reads_a_file_goes_on_with_a_session_and_writes_the_answer(runs: Path, tmp_path: Path) -> None:
-    prompt, session, output = tmp_path / "prompt.txt", tmp_path / "alice", tmp_path / "answer.txt"
+    prompt, session, output = tmp_path / "prompt.txt", tmp_path / "alice", tmp_path / "new" / "answer.txt"
     prompt.write_text(TEXT)
     common = [str(runs / "memory"), "--session", str(session), "--temperature", "0", "--max-new-tokens", "12"]
     first = CliRunner().invoke(app, ["generate", *common, "--prompt-file", str(prompt)], catch_exceptions=False)
@@ -360,6 +360,18 @@ def test_generate_reads_a_file_goes_on_with_a_session_and_writes_the_answer(runs
     conversation = Conversation(run, session)
     assert conversation.session is not None
     assert conversation.session.tokens_read.tolist() == [43 + 12 + 47 + 12]
+
+
+def test_a_finished_run_is_evaluated_with_settings_of_the_command_line(runs: Path) -> None:
+    def said(*overrides: str) -> str:
+        result = CliRunner().invoke(app, ["evaluate", str(runs / "memory"), *overrides])
+        return " ".join(result.output.split())
+
+    assert "Not measured" in said()
+    assert "on the final 4 tokens" in said("evaluate.block=4", "evaluate.contexts=[2, 8]")
+    assert "only evaluate.KEY=VALUE" in said("trainer.max_steps=3").replace("│ ", "")
+    wrong = CliRunner().invoke(app, ["evaluate", str(runs / "memory"), "evaluate.blocks=4"])
+    assert "unknown key; did you mean 'block'?" in str(wrong.exception)
 
 
 def test_chat_is_a_command(runs: Path, tmp_path: Path) -> None:
@@ -379,6 +391,7 @@ def test_chat_is_a_command(runs: Path, tmp_path: Path) -> None:
         (["memory", "--prompt", " \n"], "there is nothing to read"),
         (["memory", "--prompt", "x", "--top-p", "2"], "top_p must be above 0 and at most 1; got 2.0"),
         (["nowhere", "--prompt", "x"], "is no run"),
+        (["memory", "--prompt", "x", "--output", "."], "is a directory"),
     ],
 )
 def test_errors_are_told_without_a_traceback(

@@ -98,7 +98,8 @@ def evaluate(
 ) -> None:
     """Measure a finished run with its memory on and with η = 0: loss by position, growing context, recall.
 
-    With --memories: train both memories from one decoder, as a recipe says
+    Of a run on text, evaluate.KEY=VALUE measures with other settings than its
+    recipe's. With --memories: train both memories from one decoder, as a recipe says
     (recipes/memories.yaml when none is given), and ask both the same
     questions. What was trained before is only asked.
     """
@@ -107,12 +108,18 @@ def evaluate(
 
         evaluate_memories(run, overrides or (), runs, console, errors)
         return
-    if run is None or overrides:
-        raise typer.BadParameter("give one run's directory", param_hint="RUN")
+    if run is None:
+        raise typer.BadParameter("give a run's directory", param_hint="RUN")
     from inlay.report.console import print_section, progress_bar
     from inlay.train.kinds import recipe_kind
 
     kind = recipe_kind(run / "recipe.yaml")
+    changes = overrides or []
+    if other := [change for change in changes if kind != "text" or not change.startswith("evaluate.")]:
+        raise typer.BadParameter(
+            f"{other[0]}: of a finished run only evaluate.KEY=VALUE can be given, and of one on text",
+            param_hint="OVERRIDES",
+        )
     if kind == "compress":
         cli_compress.evaluate(run)
         return
@@ -127,12 +134,13 @@ def evaluate(
         return
     from inlay.data import load_data
     from inlay.evaluate import evaluate_model
-    from inlay.train import load_run, write_run_report
+    from inlay.train import load_recipe, load_run, write_run_report
 
     loaded = load_run(run)
+    settings = load_recipe(run / "recipe.yaml", changes).evaluate.model_dump()
     data = load_data(loaded.data_config)
     with progress_bar(errors, "evaluating") as shown:
-        evaluation = evaluate_model(loaded.model, data, **loaded.recipe.evaluate.model_dump(), progress=shown)
+        evaluation = evaluate_model(loaded.model, data, **settings, progress=shown)
     figures, sections = evaluation.write(run / "evaluation.json"), evaluation.sections()
     for section in sections:
         print_section(console, section)
@@ -204,7 +212,8 @@ def generate(
     seed: Seed = None,
     window: Window = None,
     output: Annotated[
-        Path | None, typer.Option(help="Write the answer there, not to the terminal.", metavar="FILE")
+        Path | None,
+        typer.Option(help="Write the answer there, not to the terminal.", metavar="FILE", dir_okay=False),
     ] = None,
 ) -> None:
     """Read a prompt of any length and go on with it.

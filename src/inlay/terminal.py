@@ -15,6 +15,7 @@ from rich.table import Table
 
 from inlay.chat import ChatError, Conversation, Sampling
 from inlay.fastweight import FastWeightProjection, InlayError
+from inlay.files import write_whole
 
 HELP = {
     "/memory": "what the memory has read and how much it holds",
@@ -56,13 +57,13 @@ def generate(
         conversation: Goes on from where it stands.
         prompt: Read in pieces, however long.
         sampling: How tokens are chosen.
-        output: Where the answer goes; None for standard output.
+        output: Where the answer goes, in a folder that is made if missing; None for standard output.
         status: Where reading is shown while it lasts.
     """
     with _reading(status) as progress:
         pieces = conversation.say(prompt, sampling, progress=progress)
         if output is not None:
-            output.write_text("".join(pieces), encoding="utf-8")
+            write_whole(output, "".join(pieces))
             return
         for piece in pieces:
             sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)

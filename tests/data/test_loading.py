@@ -116,6 +116,19 @@ def test_a_stream_raises_its_first_problem_and_skips_where_told(tmp_path: Path) 
     assert load_data(config(**fields, on_error="skip")).statistics.skipped == 1
 
 
+@pytest.mark.parametrize("splits", [True, False], ids=["splits", "one"])
+def test_a_data_set_that_was_saved_to_disk_is_read(parquet: Path, tmp_path: Path, splits: bool) -> None:
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_parquet(str(parquet / "train-00000.parquet"))
+    (DatasetDict({"train": rows, "other": rows.select([0])}) if splits else rows).save_to_disk(tmp_path / "saved")
+    saved = {"source": "dataset", "path": str(tmp_path / "saved")}
+    theirs = load_data(config(source="dataset", path=str(parquet)))
+    assert document_bytes(load_data(config(**saved)), "train") == document_bytes(theirs, "train")
+    with pytest.raises(DataError, match=r"split new: it has train(, other)?\n"):
+        load_data(config(**saved, split="new"))
+
+
 def test_a_problem_in_the_part_of_a_stream_that_is_evaluated_is_not_passed_over(tmp_path: Path) -> None:
     from datasets import Dataset
 
@@ -149,6 +162,13 @@ def test_skipped_files_are_in_the_statistics(corpus: Path, tmp_path: Path) -> No
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     data = load_data(config(path=(str(corpus), str(tmp_path)), on_error="skip"))
     assert data.statistics.skipped == 1
+
+
+def test_what_looks_like_one_document_is_told_as_lines_or_needs_another(tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text('{"text": "' + text(1, 400) + '"}\n')
+    with pytest.raises(DataError, match=r"none of 1 was held out .*; give eval_path, or say source: jsonl"):
+        load_data(config(path=str(path)))
 
 
 @pytest.mark.parametrize(

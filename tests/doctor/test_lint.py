@@ -24,7 +24,7 @@ from inlay.doctor.lint import Lint, lint_model, lint_recipe
 from inlay.doctor.lint_checks import CHECKS
 from inlay.fastweight.memory import TrainMode
 from inlay.report import Report, render_report
-from inlay.train import Recipe, check_recipe, load_recipe, read_metrics, train
+from inlay.train import Recipe, check_recipe, load_recipe
 from inlay.train.weights import save_weights
 from tests.fastweight.families import BY_NAME
 
@@ -115,7 +115,6 @@ FAULTS: list[tuple[str, Severity, dict[str, Any], dict[str, Any], str]] = [
         "around 0.1 are 4.9e-04 apart",
     ),
     ("half_weights", FATAL, {"model__dtype": "float16"}, {"model__dtype": "float32"}, "cannot hold less than 6e-08"),
-    ("steps", FATAL, {"trainer__max_steps": 0}, {"trainer__max_steps": 1}, "after a single step"),
     (
         "steps",
         FATAL,
@@ -166,14 +165,6 @@ def test_the_clip_of_the_moshi_port_is_found_however_long_the_sequence(tokens: i
     (finding,) = lint_recipe(recipe(model={"config": config}, memory=memory, data__sequence_length=tokens)).findings()
     assert finding.code == "lint.clip"
     assert f"at most {share} of its layer's output" in finding.says
-
-
-def test_the_trainer_takes_zero_steps_for_one(tmp_path: Path) -> None:
-    """The premise of `lint.steps`."""
-    data = {"task": "recall", "sequence_length": 32, "pairs": 4, "train_examples": 16, "eval_examples": 4}
-    trainer = {"max_steps": 0, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
-    train(recipe(data=data, trainer=trainer, memory__chunk_size=8), tmp_path / "run")
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 1
 
 
 def test_several_faults_are_told_worst_first() -> None:

@@ -163,7 +163,7 @@ def test_an_examination_is_plain_numbers_and_renders() -> None:
     reach = examine_reach(packed([30, 5, 60, 9, 2], 32), config(4), frame_rate=12.5)
     assert TypeAdapter(Reach).validate_json(TypeAdapter(Reach).dump_json(reach)) == reach
     page = render_report(Report("Reach", sections=[reach.section(), retention_section()]))
-    for text in ("reset (configured)", "duration_sec, at least", "42.9 %", "n = 8"):
+    for text in ("reset (configured)", "seconds, at least", "42.9 %", "n = 8"):
         assert text in page
 
 

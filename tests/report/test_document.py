@@ -233,7 +233,7 @@ def test_a_table_without_rows_says_so():
         (lambda: Table(["a"], [[object()]]), r"holds a object: cells are strings, numbers or None"),
         (lambda: Table(["a"], [[1]], align=["center"]), "one of left, right"),
         (lambda: Table(["a"], [[1]], verdicts=["good", "bad"]), "2 entries for 1 rows"),
-        (lambda: Headline("a", "1", verdict="great"), "one of good, bad, neutral"),
+        (lambda: Headline("a", "1", verdict="great"), "one of good, warning, bad, neutral"),
         (lambda: Text("a", "shout"), "one of plain, note, warning"),
         (lambda: Figure("", ""), "no light_svg"),
         (lambda: Figure(SQUARE, SQUARE), "alt is empty"),

@@ -163,3 +163,8 @@ def test_a_process_trains_on_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("inlay.train.directory.TrainingArguments", OnTwo)
     assert training_arguments(tmp_path, 0, {}).n_gpu == 1
+
+
+def test_no_steps_are_refused() -> None:
+    with pytest.raises(RecipeError, match="max_steps is 0; say how many, or leave it out to go by num_train_epochs"):
+        check_recipe(Recipe, VALID | {"trainer": {"max_steps": 0}})

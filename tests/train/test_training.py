@@ -433,3 +433,13 @@ def test_a_run_that_lost_its_model_says_so(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run" / "model")
     with pytest.raises(RunError, match="has lost its model/"):
         load_run(tmp_path / "run")
+
+
+def test_data_that_fill_no_batch_are_refused_before_a_run_begins(tmp_path: Path) -> None:
+    dropping = {"dataloader_drop_last": True, "per_device_train_batch_size": 100_000}
+    data = {"task": "recall", "sequence_length": 32, "pairs": 4, "train_examples": 16, "eval_examples": 8}
+    with pytest.raises(
+        RunError, match=r"16 sequences fill no batch of 100,000, .*lower trainer.per_device_train_batch"
+    ):
+        train(recipe(trainer=dropping, data=data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -201,9 +201,12 @@ def _require_documents(config: TextConfig, train: int, held: int) -> None:
         return
     if config.has_eval_data:
         raise DataError(f"no document in the evaluation data ({config.eval_path or config.eval_split})")
-    fix = "raise eval_fraction"
+    fixes = ["raise eval_fraction"] if train > 1 else []
     if config.source != "python-stdlib":
-        fix += ", or give eval_path" + (" or eval_split" if config.source == "dataset" else "")
+        fixes.append("give eval_path" + (" or eval_split" if config.source == "dataset" else ""))
+    if config.source == "files" and ".jsonl" in str(config.path):
+        fixes.append("say source: jsonl, if its lines are the documents")
     raise DataError(
-        f"no evaluation document: none of {train} was held out (eval_fraction {config.eval_fraction}); {fix}"
+        f"no evaluation document: none of {train} was held out (eval_fraction {config.eval_fraction}); "
+        + ", or ".join(fixes)
     )

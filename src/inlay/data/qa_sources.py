@@ -7,10 +7,10 @@ row, or the path through the JSON and the question's id) and what would mend it.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from inlay.data.config import Paths
 from inlay.data.json_lines import (
@@ -26,7 +26,7 @@ from inlay.data.json_lines import (
 )
 from inlay.data.problems import DataError, Problems
 from inlay.data.qa_config import DatasetQAConfig, FlatConfig, JsonlConfig
-from inlay.data.sources import cannot_open, find_files
+from inlay.data.sources import find_files, open_dataset
 
 _UNANSWERABLE = "an unanswerable question has an empty list"
 
@@ -90,14 +90,8 @@ def read_qa_dataset(split: str, config: DatasetQAConfig, problems: Problems) -> 
 
     Raises `DataError` when it cannot be opened, or breaks off.
     """
-    from datasets import load_dataset
-
     name = f"{config.path} ({split})"
-    try:
-        rows: Iterable[Any] = load_dataset(config.path, config.dataset_config, split=split, streaming=True)
-    except Exception as error:  # load_dataset raises many kinds, from its own to the network's
-        raise cannot_open(config.path, split, error) from error
-    index, iterator = 0, iter(rows)
+    index, iterator = 0, iter(open_dataset(config.path, config.dataset_config, split))
     while True:
         try:
             row = next(iterator)

@@ -14,7 +14,7 @@ import tokenize
 from collections.abc import Iterator
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from inlay.data.config import Paths, TextConfig
 from inlay.data.json_lines import (
@@ -180,6 +180,27 @@ def read_jsonl_file(
             yield document
 
 
+def open_dataset(name: str, dataset_config: str | None, split: str) -> Any:
+    """A split of a data set on the hub, in a folder with data files, or as `save_to_disk` wrote it, to be streamed.
+
+    Raises:
+        DataError: It cannot be opened.
+    """
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    folder = Path(name)
+    try:
+        if not any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+            return load_dataset(name, dataset_config, split=split, streaming=True)
+        saved = load_from_disk(folder)
+        splits = {str(saved.split or "train"): saved} if isinstance(saved, Dataset) else saved
+        if split not in splits:
+            raise ValueError(f"it has {', '.join(splits)}")
+        return splits[split].to_iterable_dataset()
+    except Exception as error:  # load_dataset raises many kinds, from its own to the network's
+        raise cannot_open(name, split, error) from error
+
+
 def cannot_open(name: str, split: str, error: Exception) -> DataError:
     """What to raise when a data set cannot be opened."""
     return DataError(
@@ -195,15 +216,12 @@ def read_dataset(
 
     Raises `DataError` when it cannot be opened or has no column `text_field`.
     """
-    from datasets import load_dataset
-
     where = f"{name} ({split})"
+    # Iterated row by row it would hand each worker of a data loader its own part, and the rows other numbers.
+    batches = open_dataset(name, dataset_config, split).iter(batch_size=_ROWS)
     try:
-        rows = load_dataset(name, dataset_config, split=split, streaming=True)
-        # Iterated row by row it would hand each worker of a data loader its own part, and the rows other numbers.
-        batches = rows.iter(batch_size=_ROWS)
         first = next(batches, None)
-    except Exception as error:  # load_dataset raises many kinds, from its own to the network's
+    except Exception as error:
         raise cannot_open(name, split, error) from error
     if first is not None and text_field not in first:
         raise DataError(f"{where} has no column {text_field!r}; text_field can be one of: {', '.join(first)}")

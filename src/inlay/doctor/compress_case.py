@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.data import QAExample
-from inlay.doctor.findings import Finding, Severity
+from inlay.doctor.findings import Finding
 from inlay.evaluate.scoring import choose, evaluating
 from inlay.report import Table
 from inlay.report.document import Verdict
@@ -142,7 +142,7 @@ def checks_table(checks: Sequence[Check]) -> Table:
     """A row per check, marked."""
     rows = [[check.title, check.result] for check in checks]
     verdicts: list[Verdict] = [
-        "good" if check.fault is None else "bad" if check.fault.severity is not Severity.HEALTHY else "neutral"
+        "good" if check.fault is None else check.fault.severity.verdict if check.fault.severity else "neutral"
         for check in checks
     ]
     return Table(["what should hold", "what was found"], rows, align=["left", "left"], verdicts=verdicts)

@@ -26,7 +26,6 @@ VERDICTS = {
 }
 _SUBTITLE = "Why its memory learns or does not."
 _COLORS = {Severity.HEALTHY: "green", Severity.WARNING: "yellow", Severity.FATAL: "red"}
-_MARKS = {Severity.HEALTHY: "good", Severity.WARNING: "neutral", Severity.FATAL: "bad"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Diagnosis:
         """The same for the HTML report."""
         counts = {level: sum(one.severity == level for one in self.findings) for level in Severity}
         summary = [
-            Headline("verdict", VERDICTS[self.severity], self.sentence, _verdict(self.severity)),
+            Headline("verdict", VERDICTS[self.severity], self.sentence, self.severity.verdict),
             Headline("will not learn", str(counts[Severity.FATAL]), "findings that must be mended"),
             Headline("warnings", str(counts[Severity.WARNING]), "findings worth a look"),
         ]
@@ -131,12 +130,8 @@ class Diagnosis:
         if not self.findings:
             return Section("Findings", items=[Text("Nothing was found.")])
         rows = [[one.code, one.says, one.fix] for one in self.findings]
-        marks = [_verdict(one.severity) for one in self.findings]
+        marks = [one.severity.verdict for one in self.findings]
         return Section("Findings", items=[Table(["code", "what was measured", "what to do"], rows, verdicts=marks)])
-
-
-def _verdict(severity: Severity) -> Any:
-    return _MARKS[severity]
 
 
 def _adapt(examination: Examination) -> Any:

@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import Protocol
 
 from inlay.report import Section
+from inlay.report.document import Verdict
 
 
 class Severity(IntEnum):
@@ -17,6 +18,12 @@ class Severity(IntEnum):
     WARNING = 1
     FATAL = 2
     """The memory will not learn, or the run will not fit."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """Its mark in a table."""
+        marks: tuple[Verdict, ...] = ("good", "warning", "bad")
+        return marks[self]
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,12 @@ class Lint:
             for outcome in self.outcomes
         ]
         verdicts: list[Verdict] = [
-            "bad" if outcome.faults else "neutral" if outcome.not_checked else "good" for outcome in self.outcomes
+            max(fault.severity for fault in outcome.faults).verdict
+            if outcome.faults
+            else "neutral"
+            if outcome.not_checked
+            else "good"
+            for outcome in self.outcomes
         ]
         table = Table(["check", "result"], rows, verdicts=verdicts)
         return Section("Lint", f"Faults of {self.source} that show without running it.", [table])

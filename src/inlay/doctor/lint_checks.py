@@ -84,9 +84,6 @@ def _steps(case: TextCase) -> Iterator[Finding]:
     if isinstance(case.recipe.data, TextConfig) and case.recipe.data.streaming:
         says = "data.streaming has no length, so the Trainer has to be told its steps"
         yield Finding("lint.steps", Severity.FATAL, says, fix)
-    elif steps == 0:
-        says = "trainer.max_steps is 0: the Trainer stops after a single step"
-        yield Finding("lint.steps", Severity.FATAL, says, f"{fix}, or leave it out to go by num_train_epochs")
     elif epochs <= 0:
         yield Finding("lint.steps", Severity.FATAL, f"trainer.num_train_epochs is {epochs:g}: nothing is trained", fix)
 

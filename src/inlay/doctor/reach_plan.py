@@ -164,7 +164,7 @@ def plan_table(plans: list[ReachPlan], caption: str = "") -> Table:
         seconds = (_seconds(plan.min_seconds), _seconds(plan.full_seconds)) if audio else ()
         rows.append([plan.chunks, plan.min_tokens, plan.full_tokens, *shares, *seconds])
     if audio:
-        columns += ["duration_sec, at least", "duration_sec, all full"]
+        columns += ["seconds, at least", "seconds, all full"]
     return Table(columns, rows, caption, align=["right"] * len(columns))
 
 

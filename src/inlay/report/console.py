@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 
 from inlay.report.document import Code, Section, Table, Text
 
-_MARKS = {"good": "[green]✓[/] ", "bad": "[red]✗[/] ", "neutral": "  "}
+_MARKS = {"good": "[green]✓[/] ", "warning": "[yellow]![/] ", "bad": "[red]✗[/] ", "neutral": "  "}
 
 
 def print_section(console: Console, section: Section) -> None:

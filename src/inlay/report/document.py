@@ -23,7 +23,7 @@ from inlay.report.markup import blocks, inline, whole_words
 from inlay.report.numbers import Cell, alignments, display_rows
 from inlay.report.svg import inline_svg
 
-Verdict: TypeAlias = Literal["good", "bad", "neutral"]
+Verdict: TypeAlias = Literal["good", "warning", "bad", "neutral"]
 Align: TypeAlias = Literal["left", "right"]
 Tone: TypeAlias = Literal["plain", "note", "warning"]
 

@@ -82,6 +82,24 @@ def refuse_fewer_steps(directory: Path, arguments: TrainingArguments) -> None:
             )
 
 
+def refuse_empty_epochs(rows: int, arguments: TrainingArguments) -> None:
+    """Make sure that the data fill at least one batch, where those that they do not fill are dropped.
+
+    Args:
+        rows: Sequences to train on.
+        arguments: The Trainer's.
+
+    Raises:
+        RunError: They do not, so that nothing would be trained.
+    """
+    batch = arguments.train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and rows < batch:
+        raise RunError(
+            f"{rows:,} sequences fill no batch of {batch:,}, and trainer.dataloader_drop_last leaves out what is not "
+            "full: nothing would be trained. Take it out, or lower trainer.per_device_train_batch_size"
+        )
+
+
 def require_finished(directory: Path) -> None:
     """Make sure that ``directory`` is a run that was trained to its end.
 

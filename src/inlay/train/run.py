@@ -37,6 +37,7 @@ from inlay.train.directory import (
     RunError,
     begin_run,
     refuse_another_run,
+    refuse_empty_epochs,
     refuse_fewer_steps,
     require_finished,
     run_trainer,
@@ -103,6 +104,8 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, console: Con
     data = load_data(recipe.data)
     if isinstance(data.train, PackedStream) and arguments.max_steps <= 0:
         raise RecipeError("a streamed data set has no length: say how many steps, trainer.max_steps")
+    if not isinstance(data.train, PackedStream):
+        refuse_empty_epochs(len(data.train), arguments)
     model = build_model(recipe, data.vocab_size)
     memory = _attach(model, recipe)
     _refuse_unreadable(recipe, data, memory)

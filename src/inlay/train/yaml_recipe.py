@@ -67,6 +67,8 @@ def check_trainer(arguments: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key} takes a whole number; got {value!r}")
         if key in _COUNTS and value < 1:
             raise ValueError(f"{key} is at least 1; got {value!r}")
+        if key == "max_steps" and value == 0:  # which the Trainer takes for one
+            raise ValueError("max_steps is 0; say how many, or leave it out to go by num_train_epochs")
     return {key: _meant(key, value) for key, value in arguments.items()}
 
 

@@ -11,6 +11,7 @@ need more, ``_hidden_on_cuda`` adds it.
 from __future__ import annotations
 
 import functools
+import gc
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -143,6 +144,8 @@ def dry_run(model: Model, memory: FastWeightConfig, step: TrainingStep, *, plain
             try:
                 with allocations.booked_as("weights"):
                     shapes = _watch(subject.equip(skeleton, memory, step), plain, allocations)
+                if plain:
+                    gc.collect()  # the memory that was taken off is held by nothing but itself
                 _run(subject, skeleton, step, allocations)
             except RuntimeError as error:
                 name = type(skeleton).__name__

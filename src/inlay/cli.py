@@ -115,7 +115,7 @@ def evaluate(
 
     kind = recipe_kind(run / "recipe.yaml")
     changes = overrides or []
-    if other := [change for change in changes if kind != "text" or not change.startswith("evaluate.")]:
+    if other := [change for change in changes if kind not in ("text", None) or not change.startswith("evaluate.")]:
         raise typer.BadParameter(
             f"{other[0]}: of a finished run only evaluate.KEY=VALUE can be given, and of one on text",
             param_hint="OVERRIDES",

@@ -72,7 +72,7 @@ CASES = {
     ),
     "qwen3, bf16, LoRA, checkpointing": (
         architecture("qwen3"),
-        replace(STEP, tokens=520, dtype="bfloat16", mode="memory+lora", lora=LORA, gradient_checkpointing=True),
+        replace(STEP, tokens=260, dtype="bfloat16", mode="memory+lora", lora=LORA, gradient_checkpointing=True),
         MEMORY,
     ),
     "autocast, gradients accumulated": (
@@ -99,7 +99,7 @@ CASES = {
 def test_the_predicted_peak_is_the_measured_one(case: str) -> None:
     config, step, memory = CASES[case]
     measured = measured_bytes(config, memory, step, torch.device("cpu"))
-    assert measured > 15 * 2**20
+    assert measured > 10 * 2**20
     assert dry_run(config, memory, step).peak.total == pytest.approx(measured, rel=0.02)
 
 
@@ -193,14 +193,16 @@ def test_walking_a_few_chunks_is_as_good_as_walking_all(monkeypatch: pytest.Monk
     assert dry_run(SMALL, memory, step) == few
 
 
-@pytest.mark.parametrize("changes", [{}, {"mode": "memory", "autocast": "bfloat16", "gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tokens": 192, "mode": "memory", "autocast": "bfloat16", "gradient_checkpointing": True}]
+)
 def test_the_logits_of_a_large_vocabulary_are_planned_in_slices(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measured, with the loss in slices, walked in two of them and in all."""
-    config, step = architecture(vocab_size=4000), replace(STEP, tokens=512, **changes)
+    config, step = architecture(vocab_size=4000), replace(STEP, **{"tokens": 512, **changes})
     whole = dry_run(config, MEMORY, step).peak.total
-    monkeypatch.setattr(sliced_loss, "LOGITS_AT_ONCE", 2 * 4000 * 64)
+    monkeypatch.setattr(sliced_loss, "LOGITS_AT_ONCE", 2 * 4000 * step.tokens // 8)
     few = dry_run(config, MEMORY, step)
     assert few.peak.total == pytest.approx(measured_bytes(config, MEMORY, step, torch.device("cpu")), rel=0.02)
     assert few.peak.total < (0.75 if "mode" in changes else 0.95) * whole

@@ -315,7 +315,8 @@ def _optimizer(parameters: list[nn.Parameter], step: TrainingStep) -> torch.opti
 
 def _hidden_on_cpu(step: TrainingStep, operator: Any, args: tuple[Any, ...], scope: Scope) -> int:
     """Bytes that the CPU's kernels need beyond their results."""
-    if torch.Tag.pointwise in operator.tags and len(args) > 1 and isinstance(args[1], Tensor):
+    pointwise = torch.Tag.pointwise in operator.tags and len(args) > 1 and isinstance(args[1], Tensor)
+    if pointwise and args[0].dtype != args[1].dtype:
         common = torch.result_type(args[0], args[1])  # operands of another dtype are copied to it as a whole
         return sum(tensor.numel() * common.itemsize for tensor in args[:2] if tensor.dim() and tensor.dtype != common)
     if operator is torch.ops.aten._fused_adamw_.default and step.optimizer == "adamw_torch":

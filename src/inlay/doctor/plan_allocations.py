@@ -5,9 +5,8 @@ Autograd, hooks, checkpointing and Python's own reference counts treat it like a
 exactly when the real one would be. :class:`Allocations` stands above that mode, sees what every operator returns, and
 follows each storage from there to its end: the sum over the living is the memory of the step, its maximum the peak.
 
-Two things it must add. Integers decide shapes (documents, chunk grids, masks), so small integer and boolean tensors are
-computed for real. And what a kernel allocates for itself while it runs is not returned by any operator; where that
-matters, ``hidden`` says how much it is.
+What a kernel allocates for itself while it runs is not returned by any operator; where that matters, ``hidden`` says
+how much it is.
 """
 
 from __future__ import annotations
@@ -22,16 +21,15 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from inlay.doctor.plan_operators import Operators, tensors_in
 
 Kind = Literal["weights", "gradients", "optimizer", "blocks", "attention", "memory", "head"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 Phase = Literal["forward", "backward", "optimizer"]
-
-_REAL_ELEMENTS = 2**22
-"""Integer tensors of more elements (a mask over T × T) are not computed."""
 
 _KEEPS_STORAGE = frozenset({"resize_", "set_", "resize_as_"})
 _AFTER_ALL_NODES = 2**63
@@ -91,6 +89,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase: Phase = "forward"
         self.peak: Moment | None = None
         self._hidden = hidden
+        self._operators = Operators()
         self._held = [0] * len(KINDS)
         self._storages: dict[int, tuple[weakref.ref[Any], int, int]] = {}
         self._scopes: list[Scope] = [OUTSIDE]
@@ -153,13 +152,12 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.prim.device.default:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         kwargs = kwargs or {}
-        described = any(isinstance(tensor, FakeTensor) for tensor in _tensors((*args, *kwargs.values())))
         scope = self._scope()
-        if described and _writes_only(func):
+        if _writes_only(func) and any(isinstance(x, FakeTensor) for x in tensors_in((*args, *kwargs.values()))):
             result = args[0] if func._schema.returns else None
         else:
-            result = func(*args, **kwargs) if described else _without_described(func, args, kwargs)
-        new = [self._follow(tensor, self._booked_as or _kind_of(tensor, scope)) for tensor in _tensors((result,))]
+            result = self._operators(func, args, kwargs)
+        new = [self._follow(tensor, self._booked_as or _kind_of(tensor, scope)) for tensor in tensors_in((result,))]
         hidden = self._hidden(func, args, scope)
         if hidden or any(new):
             self._note(scope, hidden)
@@ -188,32 +186,9 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peak = Moment(self.phase, scope, tuple(held))
 
 
-def _without_described(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call an operator none of whose arguments is fake: for real if it makes small integer tensors, else fake."""
-    if not func._schema.is_mutable and func is not torch.ops.aten._local_scalar_dense.default:
-        result = func(*args, **kwargs)
-        if not all(_is_small_integer(tensor) for tensor in _tensors((result,))):
-            return result
-    with unset_fake_temporarily():
-        return func(*args, **kwargs)
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among an operator's arguments or results, which are tensors, lists of them, or something else."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from (item for item in value if isinstance(item, Tensor))
-
-
 def _kind_of(tensor: Tensor, scope: Scope) -> Kind:
     """What a new tensor is booked as; integers outside the blocks are the masks that attention reads."""
     return "attention" if scope is OUTSIDE and not tensor.is_floating_point() else scope.kind
-
-
-def _is_small_integer(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() <= _REAL_ELEMENTS
 
 
 @functools.cache

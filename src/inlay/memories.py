@@ -47,7 +47,7 @@ from inlay.report.document import Section
 from inlay.report.provenance import provenance
 from inlay.train.compress import CompressRun, load_compress_run, train_compressor
 from inlay.train.compress_recipe import CompressRecipe, load_compress_recipe
-from inlay.train.directory import DONE, RECIPE, refuse_another_run
+from inlay.train.directory import DONE, RECIPE, refuse_another_run, told_once
 from inlay.train.memories_recipe import MemoriesRecipe
 from inlay.train.pretrained import load_causal_lm
 from inlay.train.reading import ReadingRecipe, ReadingRun, load_reading_run, no_slots, train_reading
@@ -79,11 +79,10 @@ def compare_memories(
     refuse_another_run(directory, recipe, resume=True)
     processes = PartialState()
     processes.wait_for_everyone()  # all have looked before one of them writes
+    console = told_once(console)
     if processes.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / RECIPE, dump_recipe(recipe))
-    else:
-        console = Console(quiet=True)
     # Of every task before anything is trained: data that cannot be had should not be found out after minutes.
     asked = {task: _asked(recipe, section.data) for task, section in recipe.tasks.items()}
     found = []

@@ -17,6 +17,7 @@ The decoder and its tokenizer are written first, so that a run that was cut off 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +54,12 @@ from inlay.train.directory import (
     RECIPE,
     TOKENIZER,
     begin_run,
+    finish_run,
     refuse_another_run,
     refuse_fewer_steps,
     require_finished,
     run_trainer,
+    told_once,
     training_arguments,
 )
 from inlay.train.loss_parts import TrainingError
@@ -134,16 +137,13 @@ def train_compressor(
         RecipeError: The decoder's vocabulary is smaller than its tokenizer's.
         TrainingError: A loss is not a number.
     """
-    console = console or Console(quiet=True)
     refuse_another_run(directory, recipe, resume)
     for stage in stages(recipe):  # what this machine cannot do (bf16: true) is told before anything is made
         place = _place(stage, directory)
         arguments = _arguments(recipe, stage, place)
         if resume:
             refuse_fewer_steps(place, arguments)
-    processes = PartialState()
-    if not processes.is_main_process:
-        console = Console(quiet=True)
+    console, processes = told_once(console), PartialState()
     data = load_qa(recipe.data)
     model, tokenizer = _decoder(recipe, directory, console)
     weights = model.state_dict()  # by the names they have without adapters
@@ -169,10 +169,7 @@ def train_compressor(
             task.load_trained(place)
             continue
         metrics = _train_stage(task, stage, data, place, trainer_class, resume, console)
-        if processes.is_main_process:
-            task.save_trained(place)
-            (place / DONE).write_text("")
-    processes.wait_for_everyone()
+        finish_run(place, functools.partial(task.save_trained, place))
     return metrics
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
@@ -37,6 +37,39 @@ _DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_tot
 
 class RunError(InlayError, RuntimeError):
     """A run's directory is not what was asked for."""
+
+
+def prepare_run(
+    directory: Path, recipe: RunRecipe, trainer: dict[str, Any], *, resume: bool, console: Console | None
+) -> tuple[TrainingArguments, Console]:
+    """What comes before a run's data and model: what must be refused is, and the seed is set.
+
+    Args:
+        directory: The run's own directory. Nothing is written.
+        recipe: What it is to run.
+        trainer: The recipe's arguments for the Trainer.
+        resume: Go on from the last checkpoint in ``directory``.
+        console: Of the caller; None for nowhere.
+
+    Returns:
+        The Trainer's arguments, and the console, on which one process alone prints.
+
+    Raises:
+        RunError: ``directory`` holds a run already (without ``resume``), or another one (with it), or a checkpoint
+            beyond the steps that are asked for.
+        RecipeError: The Trainer does not take the arguments.
+    """
+    refuse_another_run(directory, recipe, resume)
+    arguments = training_arguments(directory, recipe.seed, trainer)
+    if resume:
+        refuse_fewer_steps(directory, arguments)
+    set_seed(recipe.seed)
+    return arguments, told_once(console)
+
+
+def told_once(console: Console | None) -> Console:
+    """The console in the main process; one that says nothing in the others, and where there is none."""
+    return console if console is not None and PartialState().is_main_process else Console(quiet=True)
 
 
 def refuse_another_run(directory: Path, recipe: RunRecipe, resume: bool) -> None:
@@ -123,6 +156,15 @@ def begin_run(directory: Path, recipe: RunRecipe) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / RECIPE, dump_recipe(recipe))
         (directory / DONE).unlink(missing_ok=True)
+    processes.wait_for_everyone()
+
+
+def finish_run(directory: Path, save: Callable[[], object]) -> None:
+    """Let one of the processes ``save`` what was trained and call the run finished, while the others wait."""
+    processes = PartialState()
+    if processes.is_main_process:
+        save()
+        (directory / DONE).write_text("")
     processes.wait_for_everyone()
 
 

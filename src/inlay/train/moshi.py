@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from moshi.models.lm import LMModel
 from rich.console import Console
-from transformers import set_seed
 
 from inlay.data.problems import DataError
 from inlay.devices import chosen_device
@@ -34,15 +32,13 @@ from inlay.moshi.sequences import MoshiData, collate_sequences
 from inlay.moshi.weights import MoshiCheckpoint, load_checkpoint
 from inlay.moshi.yarn import apply_yarn
 from inlay.train.directory import (
-    DONE,
     RECIPE,
     begin_run,
+    finish_run,
     mixed_precision,
-    refuse_another_run,
-    refuse_fewer_steps,
+    prepare_run,
     require_finished,
     run_trainer,
-    training_arguments,
 )
 from inlay.train.monitor import monitor_on
 from inlay.train.moshi_recipe import MoshiRecipe, load_moshi_recipe
@@ -97,15 +93,7 @@ def train_moshi(
         DataError: The data cannot be read or were encoded for another model.
         MemoryNeverReadError: No document is longer than a chunk.
     """
-    console = console or Console(quiet=True)
-    refuse_another_run(directory, recipe, resume)
-    arguments = training_arguments(directory, recipe.seed, recipe.trainer_arguments())
-    if resume:
-        refuse_fewer_steps(directory, arguments)
-    processes = PartialState()
-    if not processes.is_main_process:
-        console = Console(quiet=True)
-    set_seed(recipe.seed)
+    arguments, console = prepare_run(directory, recipe, recipe.trainer_arguments(), resume=resume, console=console)
     data = recipe.load_data()
     checkpoint = load_checkpoint(
         recipe.moshi_paths.hf_repo_id, device=arguments.device, dtype=DTYPES[recipe.param_dtype]
@@ -145,10 +133,7 @@ def train_moshi(
     )
     try:
         metrics = run_trainer(trainer, directory, resume=resume, console=console)
-        if trainer.is_world_process_zero():
-            trainer.save_model(str(directory))
-            (directory / DONE).write_text("")
-        processes.wait_for_everyone()
+        finish_run(directory, lambda: trainer.save_model(str(directory)))
     finally:
         task.restore()
     return metrics

@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel
 from pydantic import Field, field_validator
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from inlay.data import QAConfig, load_qa
 from inlay.data.tokenizer import load_pretrained_tokenizer
@@ -46,10 +45,9 @@ from inlay.train.directory import (
     RECIPE,
     RunError,
     begin_run,
-    refuse_another_run,
-    refuse_fewer_steps,
+    finish_run,
+    prepare_run,
     run_trainer,
-    training_arguments,
 )
 from inlay.train.loss_parts import LossTrainer
 from inlay.train.pretrained import load_causal_lm, with_lora
@@ -234,15 +232,7 @@ def train_reading(
         AttachError: The memory does not fit the decoder.
         NonFiniteMemoryError: The memory holds or gives NaN.
     """
-    console = console or Console(quiet=True)
-    refuse_another_run(directory, recipe, resume)
-    arguments = training_arguments(directory, recipe.seed, recipe.trainer)
-    if resume:
-        refuse_fewer_steps(directory, arguments)
-    processes = PartialState()
-    if not processes.is_main_process:
-        console = Console(quiet=True)
-    set_seed(recipe.seed)
+    arguments, console = prepare_run(directory, recipe, recipe.trainer, resume=resume, console=console)
     task = _build(recipe)
     data = load_qa(recipe.data)
     console.print(f"{task.memory}; {count_trained(task):,} parameters trained")
@@ -256,10 +246,7 @@ def train_reading(
         callbacks=[FiniteMemory(task.memory)],
     )
     metrics = run_trainer(trainer, directory, resume=resume, console=console)
-    if processes.is_main_process:
-        save_weights(task.decoder, task.memory, directory)
-        (directory / DONE).write_text("")
-    processes.wait_for_everyone()
+    finish_run(directory, lambda: save_weights(task.decoder, task.memory, directory))
     return metrics
 
 

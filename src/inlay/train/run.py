@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from inlay.data import Data, PackedStream, PackingStatistics, PretrainedTokenizer, RecallConfig, TextConfig, load_data
 from inlay.devices import chosen_device
@@ -31,17 +30,15 @@ from inlay.doctor.attribution import attribute_gradients
 from inlay.fastweight import Memory, attach, attach_pretrained
 from inlay.sliced_loss import slice_loss
 from inlay.train.directory import (
-    DONE,
     RECIPE,
     TOKENIZER,
     RunError,
     begin_run,
-    refuse_another_run,
+    finish_run,
+    prepare_run,
     refuse_empty_epochs,
-    refuse_fewer_steps,
     require_finished,
     run_trainer,
-    training_arguments,
 )
 from inlay.train.monitor import MemoryMonitor, monitor_on
 from inlay.train.pretrained import load_causal_lm, untrained_causal_lm, with_lora
@@ -92,15 +89,7 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, console: Con
         RunError: ``directory`` holds a run already (without ``resume``), or another one (with it).
         MemoryNeverReadError: No document is longer than a chunk.
     """
-    console = console or Console(quiet=True)
-    refuse_another_run(directory, recipe, resume)
-    arguments = training_arguments(directory, recipe.seed, recipe.trainer)
-    if resume:
-        refuse_fewer_steps(directory, arguments)
-    processes = PartialState()
-    if not processes.is_main_process:
-        console = Console(quiet=True)
-    set_seed(recipe.seed)
+    arguments, console = prepare_run(directory, recipe, recipe.trainer, resume=resume, console=console)
     data = load_data(recipe.data)
     if isinstance(data.train, PackedStream) and arguments.max_steps <= 0:
         raise RecipeError("a streamed data set has no length: say how many steps, trainer.max_steps")
@@ -124,9 +113,7 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, console: Con
         data_collator=data.collate,
     )
     metrics = run_trainer(trainer, directory, resume=resume, console=console)
-    if processes.is_main_process:
-        _save(model, memory, data, recipe, directory)
-    processes.wait_for_everyone()
+    finish_run(directory, lambda: _save(model, memory, data, recipe, directory))
     return metrics
 
 
@@ -267,4 +254,3 @@ def _save(
         model.save_pretrained(str(directory / ADAPTER))
     if data.tokenizer is not None:
         data.tokenizer.save_pretrained(str(directory / TOKENIZER))
-    (directory / DONE).write_text("")

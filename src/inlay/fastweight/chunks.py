@@ -12,7 +12,9 @@ When the grid is already regular (one document per row, no padding: the training
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +51,9 @@ class ChunkLayout:
         writes: ``[N, B]`` bool, rows whose chunk is complete, so that its Δ is added.
         phase: ``[B]`` tokens in each row's open chunk after the call.
         document: ``[B]`` the document each row is in after the call.
+        phases: ``phase`` on the host.
+        read: Real tokens that each row gets by the call, on the host.
+        written: Chunks of each row that are complete, on the host.
     """
 
     chunk_size: int
@@ -60,6 +65,9 @@ class ChunkLayout:
     writes: tuple[Tensor | bool, ...]
     phase: Tensor
     document: Tensor
+    phases: tuple[int, ...]
+    read: tuple[int, ...]
+    written: tuple[int, ...]
 
     @property
     def aligned(self) -> bool:
@@ -124,6 +132,7 @@ def chunk_layout(
     *,
     documents: Tensor | None = None,
     state: FastWeightState | None = None,
+    phases: Sequence[int] | None = None,
     device: torch.device | str | None = None,
     keep_last_open: bool = False,
 ) -> ChunkLayout:
@@ -136,11 +145,14 @@ def chunk_layout(
         documents: ``[B, T]`` integer ids, −1 for padding. A token whose id differs from the last real token's starts a
             document. None: every row goes on with the document it is in.
         state: Where each row stands; None: nowhere yet.
+        phases: The state's, if the host knows them: then its device is not asked.
         device: Where the map is wanted; that of ``documents`` or ``state`` when there is one.
         keep_last_open: Leave each row's last chunk open even if it is full, so that its phase is C and the next call
             commits it.
     """
-    if documents is None and (state is None or not bool(state.phase.any())):
+    if state is not None and documents is None and phases is None:
+        phases = state.phase.tolist()
+    if documents is None and (phases is None or not any(phases)):
         return _regular_layout(batch, tokens, chunk_size, state, device, keep_last_open)
 
     if state is None:
@@ -175,7 +187,20 @@ def _regular_layout(
         document = state.document if tokens == 0 else state.document.clamp(min=0)
     phase = torch.full((batch,), 0 if written else rest, dtype=torch.long, device=where)
     writes = (*(True,) * (chunks - 1), written)
-    return ChunkLayout(chunk_size, tokens, chunks, None, None, (None,) * chunks, writes, phase, document)
+    return ChunkLayout(
+        chunk_size=chunk_size,
+        tokens=tokens,
+        chunks=chunks,
+        source=None,
+        target=None,
+        resets=(None,) * chunks,
+        writes=writes,
+        phase=phase,
+        document=document,
+        phases=(0 if written else rest,) * batch,
+        read=(tokens,) * batch,
+        written=(sum(writes),) * batch,
+    )
 
 
 def _ragged_layout(ids: Tensor, before: Tensor, tokens: int, chunk_size: int, keep_last_open: bool) -> ChunkLayout:
@@ -217,20 +242,32 @@ def _ragged_layout(ids: Tensor, before: Tensor, tokens: int, chunk_size: int, ke
     document = torch.where(final >= 0, ids.gather(1, final.clamp(min=0).unsqueeze(1)).squeeze(1), before)
     target = packed[:, chunk_size:].contiguous()
     regular = torch.arange(chunk_size, chunk_size + slots, device=ids.device)[:tokens]
-    # One transfer to the host for the three questions that the loop over chunks asks.
-    answers = torch.stack([resets.any(0), full.all(0), full.any(0)]).tolist()
-    aligned = slots - chunk_size < tokens <= slots and bool((source[:, :tokens] == regular).all())
+    # One transfer to the host: what the loop over chunks asks, and how the rows stand.
+    same = (source[:, :tokens] == regular).all() if slots - chunk_size < tokens <= slots else real.new_zeros(())
+    by_chunk, by_row = [resets.any(0), full.all(0), full.any(0)], [phase, real[:, chunk_size:].sum(1), full.sum(1)]
+    asked = [same.view(1), *by_chunk, *by_row]
+    told = torch.cat([answer.long() for answer in asked]).tolist()
+    (aligned,), some_reset, all_full, some_full, phases, read, written = _split(told, [len(one) for one in asked])
     return ChunkLayout(
         chunk_size=chunk_size,
         tokens=tokens,
         chunks=chunks,
         source=None if aligned else source,
         target=None if aligned else target,
-        resets=tuple(resets[:, n] if some else None for n, some in enumerate(answers[0])),
+        resets=tuple(resets[:, n] if some else None for n, some in enumerate(some_reset)),
         writes=tuple(
             True if every else (full[:, n] if some else False)
-            for n, (every, some) in enumerate(zip(answers[1], answers[2], strict=True))
+            for n, (every, some) in enumerate(zip(all_full, some_full, strict=True))
         ),
         phase=phase,
         document=document,
+        phases=phases,
+        read=read,
+        written=written,
     )
+
+
+def _split(values: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    """``values`` in pieces of these lengths."""
+    ends = [*accumulate(lengths)]
+    return [tuple(values[end - length : end]) for end, length in zip(ends, lengths, strict=True)]

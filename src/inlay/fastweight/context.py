@@ -76,9 +76,13 @@ class ForwardContext:
             if self.parallel is not None:
                 made = part_layout(*key[:3], documents=documents, group=self.parallel, device=z.device)
             else:
-                still_open = self.state is not None
                 made = chunk_layout(
-                    *key[:3], documents=documents, state=state, device=z.device, keep_last_open=still_open
+                    *key[:3],
+                    documents=documents,
+                    state=state,
+                    phases=None if self.state is None or state is None else self.state.phases,
+                    device=z.device,
+                    keep_last_open=self.state is not None,
                 )
             self._layouts[key] = made
         return self._layouts[key]
@@ -155,10 +159,12 @@ def documents_of(
     them unless ``explicit`` ids say otherwise.
     """
     positions = text_positions(position_ids)
+    if tokens == 1:
+        positions = None  # one token begins no second document
     if explicit is None and attention_mask is None and positions is None:
         return None  # without asking the device, as each step of decoding does
-    ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
-    real = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    real: Tensor | None = None
+    ids: Tensor | None = None  # all of them alike
     if attention_mask is not None:
         if attention_mask.shape[1] < tokens:
             raise ValueError(
@@ -168,22 +174,28 @@ def documents_of(
         real = attention_mask[:, -tokens:].to(device).bool()
     if explicit is not None:
         check_documents(explicit, batch, tokens, "document_ids")
-        real = real & (explicit.to(device) >= 0)
         ids = explicit.to(device)
-    elif positions is not None:
+        real = ids >= 0 if real is None else real & (ids >= 0)
+    elif positions is not None and not carry:
         ids = _packed_documents(positions.to(device).expand(batch, -1), real)
     if carry:
-        ids = torch.zeros_like(ids)
-    regular = bool(real.all() & (ids == ids[:, :1]).all())
+        ids = None
+    told = [] if real is None else [real.all()]
+    told += [] if ids is None else [(ids == ids[:, :1]).all()]
+    regular = not told or bool(torch.stack(told).all() if len(told) > 1 else told[0])
     if regular and (before is None or explicit is None or carry):
         return None
+    if ids is None:
+        ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
     if before is not None and explicit is None and not carry:
         ids = ids + before.to(device).clamp(min=0).unsqueeze(1)
-    return torch.where(real, ids, -1)
+    return ids if real is None else torch.where(real, ids, -1)
 
 
-def _packed_documents(positions: Tensor, real: Tensor) -> Tensor:
+def _packed_documents(positions: Tensor, real: Tensor | None) -> Tensor:
     """Number the documents of each row: one starts wherever a position does not follow the one before it."""
+    if real is None:
+        real = torch.ones_like(positions, dtype=torch.bool)
     place = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
     last = torch.where(real, place, -1).cummax(1).values
     before = torch.nn.functional.pad(last, (1, 0), value=-1)[:, :-1]

@@ -350,7 +350,10 @@ class ForwardHooks:
             phases = [phase % size + context.tokens for phase in state.phases]
             state.advance(context.tokens, phases, torch.tensor(counts))
         else:
-            state.advance(context.tokens, None, _counts(context, context.batch))
+            layout = context.used_layout
+            assert layout is not None
+            counts = [[*both] for both in zip(layout.read, layout.written, strict=True)]
+            state.advance(context.tokens, [*layout.phases], torch.tensor(counts))
         cache = next((value for value in output if isinstance(value, Cache)), None)
         if cache is not None and state_of(cache) is not state:
             ride(cache, state)
@@ -368,21 +371,6 @@ def _mask_of_tokens(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping
     if name in kwargs:
         return kwargs[name]
     return args[names.index(name)] if name in names[: len(args)] else None
-
-
-def _counts(context: ForwardContext, rows: int) -> Tensor:
-    """``[B, 2]`` on the host: real tokens that each row read in this forward, and chunks that it committed."""
-    layout = context.used_layout
-    assert layout is not None
-    tokens = torch.full((rows,), context.tokens)
-    if context.documents is not None:
-        tokens = (context.documents >= 0).sum(1).cpu()
-    always = sum(writes is True for writes in layout.writes)
-    chunks = torch.full((rows,), always)
-    some = [writes for writes in layout.writes if isinstance(writes, Tensor)]
-    if some:
-        chunks = chunks + torch.stack(some).sum(0).cpu()
-    return torch.stack([tokens, chunks], 1)
 
 
 def _is_padding_mask(mask: object) -> bool:

@@ -75,12 +75,12 @@ class MemoryState:
         """``[B]`` ids of the documents the rows are in; None before the first call."""
         return next((layer.document for layer in self.layers.values()), None)
 
-    def advance(self, tokens: int, phases: list[int] | None, counts: Tensor) -> None:
+    def advance(self, tokens: int, phases: list[int], counts: Tensor) -> None:
         """Note that a call has ended.
 
         Args:
             tokens: Per row, padding included.
-            phases: Tokens in each row's open chunk; None: to be read from the layers when they are asked for.
+            phases: Tokens in each row's open chunk.
             counts: ``[B, 2]`` int64 on the host, real tokens read and chunks committed in the call.
         """
         self.length += tokens
@@ -90,10 +90,13 @@ class MemoryState:
 
     def select(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` ``[K]``, repeats allowed (beam search, batch selection)."""
+        rows, phases = indices.cpu(), self._phases
         if self.counts is not None:
-            self.counts = self.counts.index_select(0, indices.cpu())
+            self.counts = self.counts.index_select(0, rows)
         self.rows = None if self.rows is None else len(indices)
+        indices = self._beside_layers(indices)
         self._replace({index: layer.select(indices) for index, layer in self.layers.items()})
+        self._phases = None if phases is None else [phases[row] for row in rows.tolist()]
 
     def repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times, copies side by side."""
@@ -106,17 +109,25 @@ class MemoryState:
             self.length, self.counts, self.interrupted = 0, None, False
             self._replace({})
         else:
+            here, phases = rows.cpu(), self._phases
             if self.counts is not None:
-                self.counts = self.counts.masked_fill(rows.cpu().unsqueeze(1), 0)
+                self.counts = self.counts.masked_fill(here.unsqueeze(1), 0)
+            rows = self._beside_layers(rows)
             self._replace({index: layer.reset(rows) for index, layer in self.layers.items()})
+            if phases is not None:
+                self._phases = [0 if gone else phase for phase, gone in zip(phases, here.tolist(), strict=True)]
 
     def detach(self) -> None:
         """Let go of the autograd history."""
+        phases = self._phases
         self._replace({index: layer.detach() for index, layer in self.layers.items()})
+        self._phases = phases
 
     def to(self, device: torch.device | str) -> None:
         """Move to another device."""
+        phases = self._phases
         self._replace({index: layer.to(device) for index, layer in self.layers.items()})
+        self._phases = phases
 
     def crop(self, tokens: int) -> None:
         """Take the last ``tokens`` tokens of every row back.
@@ -142,6 +153,11 @@ class MemoryState:
             layer.z = layer.z.masked_fill(gone.unsqueeze(-1), 0)
             layer.x = layer.x.masked_fill(gone.unsqueeze(-1), 0)
         self._phases = phases
+
+    def _beside_layers(self, rows: Tensor) -> Tensor:
+        """Moved once to where the layers are, rather than once for each of their tensors."""
+        first = next(iter(self.layers.values()), None)
+        return rows if first is None else rows.to(first.phase.device)
 
     def _replace(self, layers: dict[int, FastWeightState]) -> None:
         self.layers = layers

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from moshi.models.lm import LMModel
 
 from inlay.fastweight.memory import find_memory
@@ -87,7 +88,7 @@ class CommitLog:
         self._weights = {i: float(memory.layers[i].base_norm()) for i in self._steps.layers}
         self.commits: list[Commit] = []
         self._chunks: list[int] = self._steps.chunks.tolist()
-        self._norms = {index: norm.tolist() for index, norm in self._steps.sum_norms().items()}
+        self._norms = {index: [row[2] for row in rows] for index, rows in self._fetch().items()}
         self._times: list[list[float]] = [[] for _ in self._chunks]
 
     def observe(self, milliseconds: float = float("nan")) -> list[Commit]:
@@ -96,7 +97,7 @@ class CommitLog:
         Args:
             milliseconds: What the step took.
         """
-        chunks: list[int] = self._steps.chunks.tolist()
+        chunks, tokens = torch.stack([self._steps.chunks, self._steps.tokens]).tolist()
         for times in self._times:
             times.append(milliseconds)
         rows = [row for row, (now, before) in enumerate(zip(chunks, self._chunks, strict=True)) if now > before]
@@ -108,15 +109,11 @@ class CommitLog:
         self._chunks = chunks
         if not rows:
             return []
-        tokens: list[int] = self._steps.tokens.tolist()
         found: list[Commit] = []
-        norms_now = {index: norm.tolist() for index, norm in self._steps.sum_norms().items()}
-        for index, layer in self._steps.layers.items():
-            last: list[list[float]] = layer.last.tolist()
+        for index, measured in self._fetch().items():
             relative = self._eta / self._weights[index]
             for row in rows:
-                delta, scale = last[row]
-                after = norms_now[index][row]
+                delta, scale, after = measured[row]
                 found.append(
                     Commit(
                         row=row,
@@ -139,6 +136,15 @@ class CommitLog:
             self._times[row] = []
         self.commits += found
         return found
+
+    def _fetch(self) -> dict[int, list[list[float]]]:
+        """‖Δ‖ and clip scale of each row's newest chunk and ‖S‖, by block, in one transfer to the host."""
+        device, norms = self._steps.phase.device, self._steps.sum_norms()
+        measured = [
+            torch.cat([layer.last, norms[index].unsqueeze(1)], dim=1).to(device, torch.float64)
+            for index, layer in self._steps.layers.items()
+        ]
+        return dict(zip(self._steps.layers, torch.stack(measured).tolist(), strict=True))
 
 
 def write_commits(commits: Sequence[Commit], path: Path) -> Path:

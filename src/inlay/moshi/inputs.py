@@ -60,7 +60,7 @@ def training_steps(lm: LMModel, codes: Tensor, documents: Tensor | None = None) 
     batch, streams, length = codes.shape
     step = torch.arange(length, device=codes.device).expand(batch, 1, length)
     start = torch.zeros_like(step) if documents is None else document_starts(documents).unsqueeze(1)
-    delays = torch.tensor(lm.delays, device=codes.device).view(1, streams, 1)
+    delays = torch.tensor(lm.delays).to(codes.device, non_blocking=True).view(1, streams, 1)
     initial = torch.full((1, streams, 1), lm.initial_token_id, device=codes.device)
     initial[:, 0] = lm.text_initial_token_id
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from moshi.models.lm import LMGen, _LMGenState
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class MemoryLMGen(LMGen):
         # In a tuple, since a module that is an attribute would be a child, and begin to stream a second time.
         self._streams: tuple[MemoryStream, ...] = ()
         self._phases: list[int] = []
-        self._runs: list[bool] = []
+        self._runs: list[int] = []
         self._known: tuple[StepState, int] | None = None
 
     @property
@@ -88,5 +89,5 @@ class MemoryLMGen(LMGen):
         steps = self._steps
         if steps is not None:
             steps.commit()  # what another was kept from
-            self._phases, self._runs = steps.phase.tolist(), steps.exec_mask.tolist()
+            self._phases, self._runs = torch.stack([steps.phase, steps.exec_mask.long()]).tolist()
             self._known = (steps, steps.version)

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import find_packed_sequence_indices
 
 import inlay
 from inlay.fastweight import fast_weight_linear_reference
+from inlay.fastweight.layer import Statistics
 from tests.closeness import assert_close, relative_error
 from tests.fastweight.families import (
     BY_NAME,
@@ -168,3 +170,42 @@ def test_carry_reads_across_documents_and_reset_does_not() -> None:
     assert torch.equal(outputs["carry"], outputs["carry, one"])
     assert relative_error(outputs["reset"], outputs["reset, one"]) > 0.01
     assert torch.equal(outputs["reset, one"], outputs["carry, one"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 40_000, -1])
+def test_a_number_that_is_none_is_seen_wherever_it_stands(value: float, place: int, dtype: torch.dtype) -> None:
+    statistics, output = Statistics(), torch.randn(2, 400, 60).to(dtype)
+    statistics.watch(output)
+    statistics.watch(output[:, :0])
+    assert not statistics.nonfinite
+    output.view(-1)[place] = value
+    statistics.watch(output)
+    statistics.watch(torch.zeros(2, 3, 4))
+    assert statistics.nonfinite
+
+
+class Copies(TorchDispatchMode):
+    """Notes operators that make a new tensor of one of some sizes."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.numel() in self.sizes and func._schema.returns[0].alias_info is None:
+            self.seen.append(str(func))
+        return out
+
+
+def test_norm_and_watch_make_no_copy_of_a_weight_or_an_output() -> None:
+    """At 32,000 frames of Moshi 7B: 180 MB in float32 of W0 at each forward, 650 MB of masks and magnitudes."""
+    layer = inlay.attach(BY_NAME["llama"].make().bfloat16(), BY_NAME["llama"].config()).layers[0]
+    output = torch.randn(2, 30, layer.out_features).bfloat16()
+    with Copies(layer.weight.numel(), output.numel()) as copies:
+        layer.base_norm()
+        layer.statistics.watch(output)
+    assert not copies.seen

@@ -51,6 +51,11 @@ class Statistics(nn.Module):
         self.clipped += ((scale < 1) & written).sum()
         self.updates += written.sum()
 
+    def watch(self, output: Tensor) -> None:
+        """Note whether the output of a forward holds NaN or infinity, in one pass over it and without a copy."""
+        if output.numel():
+            self.nonfinite |= ~torch.isfinite(torch.stack(torch.aminmax(output))).all()  # NaN comes out of both
+
     def clear(self) -> None:
         """Start counting anew."""
         for counter in (self.updates, self.clipped, self.nonfinite):
@@ -145,7 +150,8 @@ class FastWeightProjection(nn.Module):
         weight = self.weight.detach()
         if not weight.is_floating_point():
             return torch.full((), float("nan"), device=weight.device)
-        return weight.to(torch.promote_types(weight.dtype, torch.float32)).norm()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return torch.linalg.vector_norm(weight, dtype=wide)  # without a copy of it in that dtype
 
     def forward(self, z: Tensor) -> Tensor:
         """``[B, T, F]`` to ``[B, T, D]``, in the dtype the original module gives."""
@@ -219,7 +225,7 @@ class FastWeightProjection(nn.Module):
                 norms = update_norms(z_packed, v, self.config.chunk_size) * chunks
                 after.log(norms, torch.where(chunks, 1.0 if scale is None else scale, 0.0), emptied)
         if self.training:
-            self.statistics.nonfinite |= ~torch.isfinite(out.detach()).all()
+            self.statistics.watch(out.detach())
         if self.observer is not None and not context.recomputing:
             with torch.no_grad():
                 seen = None if scale is None else scale.detach()

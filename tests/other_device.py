@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from inlay.fastweight.layer import Statistics
+
 M = TypeVar("M", bound=nn.Module)
 
 ELSEWHERE = "meta"
@@ -99,6 +101,8 @@ def elsewhere(model: M) -> M:
         for name, buffer in module._buffers.items():
             if buffer is not None and not isinstance(buffer, Elsewhere):
                 module._buffers[name] = Elsewhere(buffer.clone())
+        if isinstance(module, Statistics):
+            module._apply(lambda counter: counter if isinstance(counter, Elsewhere) else Elsewhere(counter.clone()))
     return model
 
 

@@ -194,7 +194,7 @@ def state_of(model: nn.Module, memory: inlay.Memory) -> dict[str, Any]:
         "config": memory.config,
         "layer configs": [layer.config for layer in memory.layers.values()],
         "chunk sizes": [layer.target.chunk_size for layer in memory.layers.values()],
-        "counters": [b.clone() for layer in memory.layers.values() for b in layer.statistics.buffers()],
+        "counters": [b.clone() for layer in memory.layers.values() for b in layer.statistics.counters()],
         "observers": [layer.observer for layer in memory.layers.values()],
         "session": memory.open_session,
         "trained": set(memory.trained_base),

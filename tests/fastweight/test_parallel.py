@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import inlay
 from inlay.fastweight import StateError, fast_weight_linear_parallel, fast_weight_linear_reference
 from tests.closeness import assert_close
+from tests.fastweight.families import BY_NAME
 from tests.processes import in_processes
 
 CHUNK = 4
@@ -182,3 +183,22 @@ def test_what_context_parallelism_cannot_do_is_refused() -> None:
     _, memory = tiny()
     with pytest.raises(RuntimeError, match="torchrun"), memory.context_parallel():
         pass
+
+
+def test_each_process_of_data_parallelism_keeps_its_own_counts() -> None:
+    """DDP puts the first one's buffers over all others' at each forward."""
+
+    def work(rank: int) -> None:
+        memory = inlay.attach(
+            BY_NAME["llama"].make().train(), inlay.FastWeightConfig(layers=[0], chunk_size=4, max_update_norm=1.0)
+        )
+        replica = torch.nn.parallel.DistributedDataParallel(memory.train_only("all").model)
+        layer, tokens = memory.layers[0], 12 + 8 * rank
+        for _ in range(2):
+            replica(torch.ones(1, tokens, dtype=torch.long), use_cache=False).logits.sum().backward()
+        assert int(layer.statistics.updates) == 2 * (tokens // 4)
+        layer.statistics.nonfinite.fill_(rank == 1)
+        replica(torch.ones(1, tokens, dtype=torch.long), use_cache=False)
+        assert bool(layer.statistics.nonfinite) == (rank == 1)
+
+    work_in(2, work)

@@ -196,7 +196,7 @@ def _as_in_training(memory: Memory, model: nn.Module) -> Iterator[None]:
     wanted = [*memory.parameters(), *base_weights(memory)]
     switched = [p for p in wanted if p.is_floating_point() and not p.requires_grad]
     modes = [(module, module.training) for module in model.modules()]
-    counters = [(b, b.clone()) for layer in memory.layers.values() for b in layer.statistics.buffers()]
+    counters = [(b, b.clone()) for layer in memory.layers.values() for b in layer.statistics.counters()]
     trained_base, session = set(memory.trained_base), memory.open_session
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:

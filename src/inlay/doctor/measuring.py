@@ -38,7 +38,7 @@ def undisturbed(model: nn.Module, memory: Memory | None, *, exposed: bool = Fals
             training mode, so that no dropout blurs what is measured.
     """
     layers = [] if memory is None else list(memory.layers.values())
-    counters = [(buffer, buffer.clone()) for layer in layers for buffer in layer.statistics.buffers()]
+    counters = [(buffer, buffer.clone()) for layer in layers for buffer in layer.statistics.counters()]
     session = None if memory is None else memory.open_session
     with evaluating(model):
         try:

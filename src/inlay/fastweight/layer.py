@@ -28,20 +28,29 @@ Representation = Literal["auto", "dense", "deferred"]
 class Statistics(nn.Module):
     """Counters of one layer, kept on its device so that counting never waits for it.
 
+    They move with the model but are no buffers: those of the first process would be put over all others' at each step
+    of data parallelism.
+
     Attributes:
         updates: Complete chunks seen while clipping is on.
         clipped: Those that clipping shortened.
         nonfinite: Whether a training forward gave NaN or infinity.
     """
 
-    updates: Tensor
-    clipped: Tensor
-    nonfinite: Tensor
-
     def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
-        for name, dtype in (("updates", torch.long), ("clipped", torch.long), ("nonfinite", torch.bool)):
-            self.register_buffer(name, torch.zeros((), dtype=dtype, device=device), persistent=False)
+        self.updates = torch.zeros((), dtype=torch.long, device=device)
+        self.clipped = torch.zeros((), dtype=torch.long, device=device)
+        self.nonfinite = torch.zeros((), dtype=torch.bool, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Statistics:
+        """What ``to`` and its like do to every tensor of a module."""
+        self.updates, self.clipped, self.nonfinite = map(fn, self.counters())
+        return self
+
+    def counters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All of them."""
+        return self.updates, self.clipped, self.nonfinite
 
     def count(self, scale: Tensor, writes: tuple[Tensor | bool, ...]) -> None:
         """Count the complete chunks of a forward, given the scales ``[B, N]`` that clipping chose."""
@@ -58,7 +67,7 @@ class Statistics(nn.Module):
 
     def clear(self) -> None:
         """Start counting anew."""
-        for counter in (self.updates, self.clipped, self.nonfinite):
+        for counter in self.counters():
             counter.zero_()
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import inlay
 from inlay.fastweight import StateError, fast_weight_linear_parallel, fast_weight_linear_reference
+from inlay.fastweight.parallel import part_layout, refuse_unnamed_documents
 from tests.closeness import assert_close
 from tests.fastweight.families import BY_NAME
 from tests.processes import in_processes
@@ -202,3 +204,29 @@ def test_each_process_of_data_parallelism_keeps_its_own_counts() -> None:
         assert bool(layer.statistics.nonfinite) == (rank == 1)
 
     work_in(2, work)
+
+
+class Questions(TorchDispatchMode):
+    """Counts numbers that are fetched one by one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_device_is_not_asked_once_for_each_rank(ranks: int) -> None:
+    def work(rank: int) -> None:
+        device = torch.device("cpu")
+        ids = torch.full((2, CHUNK), 7)
+        with Questions() as asked:
+            part_layout(2, CHUNK, CHUNK, documents=ids, group=None, device=device)
+        assert asked.count == 1  # how many chunks there are
+        with Questions() as asked:
+            places = torch.arange(CHUNK * rank, CHUNK * (rank + 1)).repeat(2, 1)
+            refuse_unnamed_documents(places, torch.zeros_like(ids), None)
+        assert asked.count == 1
+
+    work_in(ranks, work)

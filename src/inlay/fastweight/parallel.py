@@ -113,15 +113,18 @@ def part_layout(
 
     phases = _gathered(layout.phase, group)
     open_tokens = torch.zeros_like(before[0])
+    broken = []  # tokens into a chunk at which a document goes on, by rank and row
     for rank, begins in enumerate(first):
         goes_on = (begins == _GOES_ON) | ((begins == before[rank]) & (begins != NO_DOCUMENT))
-        if bool((goes_on & (open_tokens > 0)).any()):
-            row = int((goes_on & (open_tokens > 0)).int().argmax())
-            raise ValueError(
-                f"the document of row {row} goes on on rank {rank}, {int(open_tokens[row])} tokens into a chunk: give "
-                f"every rank a multiple of chunk_size={chunk_size} tokens of it"
-            )
+        broken.append(open_tokens * goes_on)
         open_tokens = torch.where(begins == NO_DOCUMENT, open_tokens, phases[rank])
+    for rank, into in enumerate(torch.stack(broken).tolist()):  # one transfer for all ranks
+        for row, count in enumerate(into):
+            if count > 0:
+                raise ValueError(
+                    f"the document of row {row} goes on on rank {rank}, {count} tokens into a chunk: give every rank "
+                    f"a multiple of chunk_size={chunk_size} tokens of it"
+                )
     return layout
 
 
@@ -142,13 +145,15 @@ def refuse_unnamed_documents(positions: Tensor, documents: Tensor, group: dist.P
     ends = _ends(positions.masked_fill(documents < 0, -1), batch, tokens, positions.device)
     begins = (documents > 0).any(1, keepdim=True).long()
     before = torch.full_like(begins[:, 0], -1)
+    begun = []
     for first, last, anew in _gathered(torch.cat([ends, begins], 1).T, group):
-        if bool(((anew > 0) | ((before >= 0) & (first >= 0) & (first != before + 1))).any()):
-            raise ValueError(
-                "position_ids begin anew within a row, which holds several documents then, but only ids say which of "
-                "them go on from rank to rank: pass document_ids too"
-            )
+        begun.append((anew > 0) | ((before >= 0) & (first >= 0) & (first != before + 1)))
         before = torch.where(last >= 0, last, before)
+    if bool(torch.stack(begun).any()):
+        raise ValueError(
+            "position_ids begin anew within a row, which holds several documents then, but only ids say which of "
+            "them go on from rank to rank: pass document_ids too"
+        )
 
 
 def sum_before(z: Tensor, v: Tensor, layout: ChunkLayout, group: dist.ProcessGroup | None) -> Tensor:

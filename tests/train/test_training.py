@@ -28,6 +28,7 @@ from inlay.train import (
     train,
     write_run_report,
 )
+from inlay.train.directory import training_arguments, uploads
 from tests.processes import in_two_processes
 
 MODEL = {
@@ -443,3 +444,23 @@ def test_data_that_fill_no_batch_are_refused_before_a_run_begins(tmp_path: Path)
     ):
         train(recipe(trainer=dropping, data=data), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "trainer", "waits_not"),
+    [
+        (True, {}, True),
+        (True, {"use_cpu": True}, False),
+        (True, {"dataloader_pin_memory": False}, False),
+        (False, {}, False),
+    ],
+)
+def test_batches_go_up_to_a_gpu_without_waiting_where_they_are_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, trainer: dict[str, Any], waits_not: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    chosen = uploads(trainer)
+    monkeypatch.undo()
+    arguments = training_arguments(tmp_path, 0, chosen)
+    assert chosen["dataloader_pin_memory"] == arguments.accelerator_config.non_blocking == waits_not
+    assert not training_arguments(tmp_path, 0, {}).accelerator_config.non_blocking

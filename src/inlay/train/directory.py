@@ -182,7 +182,7 @@ def training_arguments(directory: Path, seed: int, trainer: dict[str, Any]) -> T
             seed=seed,
             remove_unused_columns=False,
             label_names=["labels"],
-            **(_DEFAULTS | {"dataloader_pin_memory": torch.cuda.is_available()} | trainer),
+            **(_DEFAULTS | uploads(trainer) | trainer),
         )
     except (ValueError, TypeError) as error:
         wants_gpu = "use_cpu" in str(error)
@@ -190,6 +190,16 @@ def training_arguments(directory: Path, seed: int, trainer: dict[str, Any]) -> T
         raise RecipeError(f"trainer: {error}{hint}") from error
     arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel splits neither these models nor what they are given
     return arguments
+
+
+def uploads(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """The Trainer's arguments by which batches come to a GPU while the host goes on: pinned, and without waiting.
+
+    What is pinned and waited for, as by default, waits with each tensor of a batch for all that the GPU has to do.
+    """
+    on_gpu = torch.cuda.is_available() and not trainer.get("use_cpu")
+    pinned = bool(trainer.get("dataloader_pin_memory", on_gpu))
+    return {"dataloader_pin_memory": pinned, "accelerator_config": {"non_blocking": pinned}}
 
 
 def training_device(trainer: Mapping[str, Any]) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -78,6 +79,36 @@ def test_memory_and_lora_are_trained_together_and_nothing_else(order: str) -> No
     model.train()
     LLAMA.loss(model, IDS).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+
+
+@both_orders
+def test_whole_modules_that_peft_trains_and_saves_go_with_its_adapters(order: str, tmp_path: Path) -> None:
+    options = {"modules_to_save": ["lm_head"], "targets": ["q_proj"]}
+    asked = {name for name in trainable(lora(LLAMA.make(), **options)) if "lm_head" in name}
+    assert len(asked) == 1
+    if order == "lora first":
+        model = lora(LLAMA.make(), **options)
+        memory = inlay.attach(model, LLAMA.config())
+    else:
+        memory = inlay.attach(LLAMA.make(), LLAMA.config())
+        model = lora(memory.model, **options)
+    memory.train_only("memory+lora")
+    assert {name for name in trainable(model) if "lm_head" in name} == asked
+    assert set(memory.base_parameters()) == {name for name, _ in LLAMA.make().named_parameters()}
+    LLAMA.loss(model.train(), IDS).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    memory.save_pretrained(tmp_path)
+    inlay.attach_pretrained(LLAMA.make(), tmp_path)  # PEFT keeps the head's copy
+
+
+def test_adapters_that_do_not_run_are_not_trained() -> None:
+    """Parameters without a gradient stop DistributedDataParallel."""
+    model, memory = both("memory first")
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    names = set(trainable(memory.train_only("memory+lora").model))
+    assert any(".lora_A.default." in name for name in names)
+    assert not any(".lora_A.other." in name for name in names)
+    assert not any("lora_" in name for name in memory.base_parameters())
 
 
 @both_orders

@@ -54,7 +54,9 @@ def describe_model(model: nn.Module, decoder: Decoder) -> dict[str, Any]:
 def plain_name(name: str) -> str:
     """A parameter's name without the steps that PEFT, Kyutai's LoRA and torch.compile put in."""
     name = name.removeprefix("_orig_mod.").removeprefix("base_model.model.")
-    return name.replace("._orig_mod.", ".").replace(".base_layer.", ".").replace(".frozen_W.", ".")
+    for step in ("_orig_mod", "base_layer", "original_module", "frozen_W"):
+        name = name.replace(f".{step}.", ".")
+    return name
 
 
 def write(

@@ -370,15 +370,15 @@ class Memory:
 
         Args:
             mode: ``memory``: convolution and projection alone. ``memory+layers``: and the whole blocks that hold a
-                memory. ``memory+lora``: and the LoRA adapters of the model (PEFT's or
-                Kyutai's). ``all``: everything.
+                memory. ``memory+lora``: and the LoRA adapters of the model (PEFT's active ones with their
+                ``modules_to_save``, or Kyutai's). ``all``: everything.
 
         Raises:
             ValueError: An unknown mode, or ``memory+lora`` without adapters.
         """
         if mode not in get_args(TrainMode):
             raise ValueError(f"train_only takes one of {get_args(TrainMode)}; got {mode!r}")
-        adapters = list(_adapter_parameters(self.model))
+        adapters = list(_adapter_parameters(self.model, active=True))
         if mode == "memory+lora" and not adapters:
             raise ValueError(
                 "memory+lora: the model has no LoRA adapters. Put them in first: peft.get_peft_model(model, "
@@ -469,11 +469,18 @@ class Memory:
         return f"Memory(blocks {list(self.layers)}, {size})"
 
 
-def _adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters of the LoRA adapters in the model: PEFT's and those of Kyutai's LoRALinear."""
+def _adapter_parameters(model: nn.Module, *, active: bool = False) -> Iterator[nn.Parameter]:
+    """Parameters of the adapters in the model: PEFT's, its trained copies of whole modules (``modules_to_save``) among
+    them, and those of Kyutai's LoRALinear. With ``active``, of the adapters that PEFT runs alone.
+    """
     for module in model.modules():
-        names = getattr(module, "adapter_layer_names", ()) if hasattr(module, "base_layer") else ()
+        wraps = hasattr(module, "base_layer") or hasattr(module, "original_module")
+        names = getattr(module, "adapter_layer_names", ()) if wraps else ()
         for name in ("lora_A", "lora_B") if hasattr(module, "frozen_W") else names:
             adapter = getattr(module, name, None)
-            if isinstance(adapter, nn.Module):
-                yield from adapter.parameters()
+            if not isinstance(adapter, nn.Module):
+                continue
+            running = getattr(module, "active_adapters", None) if active else None
+            for path, parameter in adapter.named_parameters():
+                if running is None or path.partition(".")[0] in running:
+                    yield parameter

@@ -150,10 +150,14 @@ def test_a_projection_that_is_not_the_one_that_runs_is_refused() -> None:
     model = peft.get_peft_model(LLAMA.make(), lora)
     keys = set(model.state_dict())
     with pytest.raises(
-        AttachError, match=r"block 0 is inside a ModulesToSaveWrapper.*Attach the memory first, or leave"
+        AttachError, match=r"block 0 is inside a ModulesToSaveWrapper.*Leave the MLP out of PEFT's modules_to_save"
     ):
         inlay.attach(model, LLAMA.config())
     assert set(model.state_dict()) == keys
+    model = LLAMA.make()
+    inlay.attach(model, LLAMA.config())
+    with pytest.raises(RuntimeError, match="leave what holds a memory out of PEFT's modules_to_save, which runs a copy"):
+        peft.get_peft_model(model, lora)(input_ids=IDS, use_cache=False)
 
 
 def test_a_block_that_stands_in_the_model_twice_is_refused() -> None:

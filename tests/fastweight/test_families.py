@@ -437,3 +437,43 @@ def test_a_decoder_alone_takes_a_memory() -> None:
     inlay.attach(again, family.config())
     again.load_state_dict(model.state_dict())
     assert torch.equal(family.logits(model, ids), family.logits(again, ids))
+
+
+def test_a_projection_that_is_given_all_rows_as_one_keeps_them_apart() -> None:
+    """OPT's blocks flatten ``[B, T, F]`` to ``[B · T, F]`` around their MLP."""
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=64,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        init_std=0.3,
+        dropout=0.0,
+    )
+    model = transformers.OPTForCausalLM(config).eval()
+    ids = BY_NAME["llama"].tokens(3, TOKENS)
+
+    def logits(rows: Tensor, **kwargs: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=rows, use_cache=False, **kwargs).logits
+
+    base = logits(ids)
+    pattern = {"layers": "all", "chunk_size": CHUNK, "projection": "model.decoder.layers.{layer}.fc2"}
+    memory = inlay.attach(model, FastWeightConfig(**pattern, eta=1.0))
+    assert torch.equal(logits(ids), base)
+    memory.detach()
+    memory = inlay.attach(model, FastWeightConfig(**pattern, eta=0.1, init={"normal": 0.5}))
+    mask = torch.ones(3, TOKENS, dtype=torch.long)
+    mask[1, 15:] = 0
+    together = logits(ids, attention_mask=mask)
+    assert relative_error(together, base) > 0.01
+    for row, length in ((0, TOKENS), (1, 15), (2, TOKENS)):
+        assert_close(together[row : row + 1, :length], logits(ids[row : row + 1, :length]), 1e-5)
+    answer = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    written = model.generate(ids, **answer)
+    assert_close(logits(written)[:, TOKENS - 1 : -1].argmax(-1).float(), written[:, TOKENS:].float(), 0)
+    memory.detach()
+    assert torch.equal(logits(ids), base)

@@ -104,7 +104,7 @@ class Decoder:
             if name not in parent._modules:
                 raise AttachError(
                     f"{self.projection!r} of block {index} is inside a {type(parent).__name__}, which runs a copy of "
-                    "it. Attach the memory first, or leave the MLP out of PEFT's modules_to_save"
+                    "it. Leave the MLP out of PEFT's modules_to_save; train_only('memory+layers') trains it whole"
                 )
             if sum(other is block for other in self.blocks) > 1:
                 raise AttachError(

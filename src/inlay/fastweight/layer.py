@@ -175,8 +175,11 @@ class FastWeightProjection(nn.Module):
             raise RuntimeError(
                 f"the memory of block {self.index} was called outside a forward of its model, so it cannot know the "
                 "token embeddings and documents. Call the model (or its decoder); to checkpoint blocks, use "
-                "model.gradient_checkpointing_enable() rather than torch.utils.checkpoint around them"
+                "model.gradient_checkpointing_enable() rather than torch.utils.checkpoint around them; leave what holds "
+                "a memory out of PEFT's modules_to_save, which runs a copy"
             )
+        if z.dim() == 2 and len(z) == context.batch * context.tokens:  # OPT's blocks put the rows of a batch together
+            return self._forward(z.unflatten(0, (context.batch, context.tokens))).flatten(0, 1)
         if z.dim() != 3:
             raise ValueError(f"the memory of block {self.index} expects [B, T, F]; got {[*z.shape]}")
         x = self._source(context, z)
@@ -194,6 +197,7 @@ class FastWeightProjection(nn.Module):
             raise ValueError(
                 f"target={self.config.target!r} has shape {[*x.shape]} at block {self.index}, but the memory needs "
                 f"[B, T, D] = {[*z.shape[:2], self.out_features]}"
+                + (". Try target='hidden'" if self.config.target == "embeddings" else "")
             )
         return x.to(z.device)
 

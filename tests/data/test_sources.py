@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import os
 import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,6 +114,35 @@ def test_files_are_sorted_named_from_their_folder_and_read_once(tmp_path: Path) 
     assert [name for _, name in find_files(folder)] == ["a/y.md", "a/z.txt", "b.txt"]
     assert [name for _, name in find_files(pattern)] == ["a/z.txt"]
     assert [name for _, name in find_files((str(tmp_path / "b.txt"), folder))] == ["b.txt", "a/y.md", "a/z.txt"]
+
+
+def test_linked_folders_are_read_and_links_to_nothing_are_reported(tmp_path: Path) -> None:
+    for name in ("elsewhere/one.txt", "elsewhere/deep/two.txt", "corpus/own/three.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    corpus = tmp_path / "corpus"
+    (corpus / "linked").symlink_to(tmp_path / "elsewhere")
+    (corpus / "again").symlink_to(corpus / "own")
+    (corpus / "own" / "round").symlink_to(tmp_path)
+    (corpus / "gone.txt").symlink_to(tmp_path / "nowhere")
+    read, problems = skipped(lambda problems: read_files(str(corpus), problems))
+    assert [document.name for document in read] == ["linked/deep/two.txt", "linked/one.txt", "own/three.txt"]
+    assert problems == [f"{corpus}/gone.txt: cannot be read (No such file or directory)"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "one.txt").write_text("one")
+    scan = os.scandir
+
+    def deny(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(DataError, match=r"cannot read the folder .*closed \(Permission denied\)"):
+        find_files(str(tmp_path))
 
 
 def test_relative_patterns_are_taken_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,13 @@ def test_an_unknown_key_names_its_nearest_neighbour(section: str, key: str, mess
     assert message in str(error.value)
 
 
+def test_an_unknown_key_of_one_of_several_forms_does_too() -> None:
+    for init in {"norml": 0.1}, {"normal": 0.1, "norml": 0.1}:
+        with pytest.raises(RecipeError) as error:
+            check_recipe(Recipe, VALID | {"memory": {"init": init}})
+        assert "memory.init.norml: unknown key; did you mean 'normal'?" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import sysconfig
 import tokenize
 from collections.abc import Iterator
@@ -255,8 +256,7 @@ def find_files(paths: Paths, suffixes: tuple[str, ...] = ("",)) -> list[tuple[Pa
     for entry in (paths,) if isinstance(paths, str) else paths:
         path = Path(entry).expanduser()
         if path.is_dir():
-            root, files = path, [file for file in path.rglob("*") if file.name.endswith(suffixes)]
-            files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+            root, files = path, [file for file in _files_below(path) if file.name.endswith(suffixes)]
         elif path.exists():
             root, files = path.parent, [path]
         else:
@@ -265,13 +265,37 @@ def find_files(paths: Paths, suffixes: tuple[str, ...] = ("",)) -> list[tuple[Pa
                 raise DataError(f"no such file or folder: {path} (relative to {Path.cwd()})")
             root = Path(*fixed)
             files = [Path(file) for file in glob.glob(str(path), recursive=True)]
-        named = sorted((file.relative_to(root).as_posix(), file) for file in files if file.is_file())
+        # A link to nothing is kept: who reads it reports it.
+        files = [file for file in files if file.is_file() or not file.exists()]
+        named = sorted((file.relative_to(root).as_posix(), file) for file in files)
         if not named:
             kind = f" ending in {' or '.join(suffixes)}" if any(suffixes) and path.is_dir() else ""
             raise DataError(f"no file{kind} in {path}" if path.is_dir() else f"no file matches {path}")
         for name, file in named:
             found.setdefault(file, name)
     return list(found.items())
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """What is no folder in a folder and in those within it, at last in those that links lead to; nothing hidden.
+
+    Raises `DataError` for a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read the folder {error.filename} ({error.strerror})")
+
+    waiting, entered = [folder], set[Path]()  # a link may lead back
+    while waiting:
+        links: list[Path] = []
+        for here, inner, names in os.walk(waiting.pop(0), onerror=refuse):
+            place = Path(here).resolve()
+            inner[:] = [] if place in entered else [name for name in inner if not name.startswith(".")]
+            links += [Path(here, name) for name in inner if Path(here, name).is_symlink()]
+            if place not in entered:
+                yield from (Path(here, name) for name in names if not name.startswith("."))
+            entered.add(place)
+        waiting += sorted(links)
 
 
 def _document_of_row(row: object, place: str, text_field: str, id_field: str | None) -> Document:

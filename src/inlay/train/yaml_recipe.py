@@ -230,9 +230,10 @@ def _fields_at(kind: type[BaseModel], location: Sequence[str]) -> set[str]:
         inner = [
             m for model in models if step in model.model_fields for m in _models(model.model_fields[step].annotation)
         ]
-        # A step that is no field is an index into a list, or the tag by which a union chose its member.
+        # A step that is no field is an index into a list, or the tag or name of a union's member.
         tagged = [m for m in models if any(_is_tag(f.annotation, step) for f in m.model_fields.values())]
-        models = inner or tagged or (models if step.isdecimal() else [])
+        named = [m for m in models if m.__name__ == step]
+        models = inner or tagged or named or (models if step.isdecimal() else [])
     return {name for model in models for name in model.model_fields}
 
 

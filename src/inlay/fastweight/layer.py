@@ -175,11 +175,11 @@ class FastWeightProjection(nn.Module):
             raise RuntimeError(
                 f"the memory of block {self.index} was called outside a forward of its model, so it cannot know the "
                 "token embeddings and documents. Call the model (or its decoder); to checkpoint blocks, use "
-                "model.gradient_checkpointing_enable() rather than torch.utils.checkpoint around them; leave what holds "
-                "a memory out of PEFT's modules_to_save, which runs a copy"
+                "model.gradient_checkpointing_enable() rather than torch.utils.checkpoint around them; leave what "
+                "holds a memory out of PEFT's modules_to_save, which runs a copy"
             )
         if z.dim() == 2 and len(z) == context.batch * context.tokens:  # OPT's blocks put the rows of a batch together
-            return self._forward(z.unflatten(0, (context.batch, context.tokens))).flatten(0, 1)
+            return self._forward(z.reshape(context.batch, context.tokens, -1)).flatten(0, 1)
         if z.dim() != 3:
             raise ValueError(f"the memory of block {self.index} expects [B, T, F]; got {[*z.shape]}")
         x = self._source(context, z)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,32 @@ def test_training_on_sequences_shorter_than_a_chunk_warns_once() -> None:
     LLAMA.logits(model, IDS)
 
 
+@pytest.mark.parametrize("boundary", ["reset", "carry"])
+def test_training_on_packed_or_padded_documents_shorter_than_a_chunk_warns_too(boundary: str) -> None:
+    model = LLAMA.make().train()
+    restart = torch.cat([torch.arange(9), torch.arange(13)]).expand(2, -1)
+    mask = torch.ones_like(IDS)
+    mask[:, 12:] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inlay.attach(model, LLAMA.config(chunk_size=12, boundary=boundary))
+        LLAMA.logits(model, IDS, position_ids=restart)
+        inlay.find_memory(model).detach()
+        inlay.attach(model, LLAMA.config(chunk_size=13, boundary=boundary))
+        if boundary == "carry":
+            LLAMA.logits(model, IDS, position_ids=restart)
+    for given in {"attention_mask": mask}, {"document_ids": IDS % 2 if boundary == "reset" else mask - 1}:
+        inlay.find_memory(model).detach()
+        inlay.attach(model, LLAMA.config(chunk_size=13, boundary=boundary))
+        with pytest.warns(UserWarning, match=r"training on documents of at most \d+ tokens with chunk_size=13"):
+            LLAMA.logits(model, IDS, **given)
+    if boundary == "reset":
+        inlay.find_memory(model).detach()
+        inlay.attach(model, LLAMA.config(chunk_size=13))
+        with pytest.warns(UserWarning, match="training on documents of at most 13 tokens with chunk_size=13"):
+            LLAMA.logits(model, IDS, position_ids=restart)
+
+
 @pytest.mark.parametrize("name", ["conv", "projection"])
 def test_nan_in_the_memory_names_layer_and_step(name: str, tmp_path: Path) -> None:
     memory = inlay.attach(LLAMA.make(), LLAMA.config())
@@ -243,7 +270,7 @@ def test_after_an_interrupted_forward_the_next_one_is_right(error: type[BaseExce
 
     handle = model.model.layers[1].register_forward_pre_hook(interrupt)
     with pytest.raises(error):
-        LLAMA.logits(model, IDS, document_ids=torch.arange(22).expand(2, -1))
+        LLAMA.logits(model, IDS, document_ids=(torch.arange(22) // 6).expand(2, -1))
     handle.remove()
     if entry == "model":
         assert torch.equal(logits(model, other), expected[0])

@@ -205,8 +205,8 @@ def _as_in_training(memory: Memory, model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         model.train()
         with torch.random.fork_rng(devices), torch.enable_grad(), warnings.catch_warnings():
-            # The memory warns once of training on short sequences. Here that is what is being examined.
-            warnings.filterwarnings("ignore", "training on sequences of", UserWarning)
+            # The memory warns once of training on short sequences or documents. Here that is what is being examined.
+            warnings.filterwarnings("ignore", "training on (sequences|documents) of", UserWarning)
             yield
     finally:
         memory.open_session = session

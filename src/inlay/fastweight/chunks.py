@@ -170,6 +170,26 @@ def chunk_layout(
     return _ragged_layout(ids, before, tokens, chunk_size, keep_last_open)
 
 
+def longest_document(documents: Tensor) -> int:
+    """Tokens of the longest document in ids ``[B, T]``, −1 for padding."""
+    starts, _ = _starts(documents, torch.full_like(documents[:, 0], NO_DOCUMENT))
+    number = torch.where(documents >= 0, starts.cumsum(1), 0)  # of each token's document within its row, from 1
+    tokens = torch.zeros(len(number), number.shape[1] + 1, dtype=torch.long, device=documents.device)
+    return int(tokens.scatter_add_(1, number, torch.ones_like(number))[:, 1:].max())
+
+
+def _starts(ids: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ids ``[B, N]``, −1 where there is no token: which tokens start a document, and the place of the last token up
+    to each place (−1: none yet), ``[B, N]`` both. ``before`` ``[B]`` are the documents that the rows were in.
+    """
+    # The id of the last real token before each one: carried along over padding by its position.
+    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    last = torch.where(ids >= 0, place, -1).cummax(1).values
+    previous = F.pad(last, (1, 0), value=-1)[:, :-1]
+    previous_id = torch.where(previous >= 0, ids.gather(1, previous.clamp(min=0)), before.unsqueeze(1))
+    return (ids >= 0) & (ids != previous_id), last
+
+
 def _regular_layout(
     batch: int,
     tokens: int,
@@ -208,12 +228,8 @@ def _ragged_layout(ids: Tensor, before: Tensor, tokens: int, chunk_size: int, ke
     batch, length = ids.shape
     real = ids >= 0
     rank = real.cumsum(1) - 1  # of a real token among its row's real tokens
-    # The id of the last real token before each one: carried along over padding by its position.
     place = torch.arange(length, device=ids.device).expand(batch, -1)
-    last = torch.where(real, place, -1).cummax(1).values
-    previous = F.pad(last, (1, 0), value=-1)[:, :-1]
-    previous_id = torch.where(previous >= 0, ids.gather(1, previous.clamp(min=0)), before.unsqueeze(1))
-    starts = real & (ids != previous_id)
+    starts, last = _starts(ids, before)
     first = torch.where(starts, rank, 0).cummax(1).values
     within = rank - first  # position within the document (or within what this call knows of it)
     opens = real & (within % chunk_size == 0)

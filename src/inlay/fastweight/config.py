@@ -56,7 +56,7 @@ class FastWeightConfig(BaseModel):
     """Largest Frobenius norm of one update Δ_i (the paper's τ); None does not clip."""
 
     max_update_ratio: float | None = Field(default=None, gt=0)
-    """Largest ‖Δ_i‖ / ‖W0‖; None does not clip."""
+    """Largest ‖Δ_i‖ / ‖W0‖, in whose gradient ‖W0‖ counts as a constant; None does not clip."""
 
     projection: str | None = None
     """Path of the down projections in a model that is not known, with ``{layer}`` for the block's index,

@@ -18,6 +18,7 @@ from transformers import Cache
 
 from inlay.fastweight.causal_lm import base_model, cache_among, forward_arguments
 from inlay.fastweight.checkpointing import unwrap_checkpointing, wrap_checkpointing
+from inlay.fastweight.chunks import longest_document
 from inlay.fastweight.config import FastWeightConfig
 from inlay.fastweight.context import ContextHolder, ForwardContext, documents_of, first_tensor, text_positions
 from inlay.fastweight.errors import MemoryGoneError
@@ -253,10 +254,18 @@ class ForwardHooks:
             context.state.interrupted = True
         training = self._decoder.module.training and torch.is_grad_enabled()
         alone = context.state is None and context.parallel is None
-        if training and alone and length <= self._config.chunk_size:
+        if training and alone:
+            self._warn_if_never_read(context, length)
+
+    def _warn_if_never_read(self, context: ForwardContext, length: int) -> None:
+        if "never read" in self._warned:
+            return
+        longest = length if context.documents is None else longest_document(context.documents)
+        if longest <= self._config.chunk_size:
+            what = "sequences of" if context.documents is None else "documents of at most"
             self._warn_once(
                 "never read",
-                f"training on sequences of {length} tokens with chunk_size={self._config.chunk_size}: what the "
+                f"training on {what} {longest} tokens with chunk_size={self._config.chunk_size}: what the "
                 "memory writes is never read in them, so it gets no gradient. Use longer sequences or smaller chunks",
             )
 

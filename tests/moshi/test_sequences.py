@@ -266,3 +266,15 @@ def test_a_sequence_shorter_than_ten_seconds_is_whole_at_its_own_length(tmp_path
 
 def test_the_longest_sequence_is_32000_frames() -> None:
     assert frames_of(2560) == 32_000
+
+
+def test_seconds_that_are_whole_frames_are_so_many_and_no_more(tmp_path: Path) -> None:
+    """In floats 17.6 · 12.5 lies just above 220."""
+    assert [frames for frames in range(1, 32_001) if frames_of(round(frames * 0.08, 2)) != frames] == []
+    assert (frames_of(17.601), frames_of(0.001), frames_of(1e-5), frames_of(0)) == (221, 1, 1, 0)
+    folder = write_store(tmp_path / "s", {"a": 440, "b": 220})
+    assert pieces_of(load(folder, duration_sec=17.6, min_sec=17.6).train) == [
+        [("a", 0, 220)],
+        [("a", 220, 440)],
+        [("b", 0, 220)],
+    ]

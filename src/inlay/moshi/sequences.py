@@ -17,6 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -254,8 +255,8 @@ def load_sequences(
 
 
 def frames_of(seconds: float) -> int:
-    """Frames of so many seconds, the last of which may be incomplete."""
-    return math.ceil(seconds * FRAME_RATE)
+    """Frames of so many seconds, the last of which may be incomplete; as decimals, where 0.56 s are 7 whole frames."""
+    return math.ceil(Fraction(str(seconds)) * Fraction(str(FRAME_RATE)))
 
 
 def is_held_out(audio_sha256: str, fraction: float) -> bool:

@@ -87,6 +87,21 @@ def test_everything_that_was_trained_comes_back_in_one_call_to_the_bit(
     assert torch.equal(logits(lm), logits(again))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", ["memory", "memory+layers", "memory+lora", "lora"])
+def test_what_was_loaded_is_saved_again_to_the_byte(
+    toy: MoshiCheckpoint, kind: str, frozen: bool, tmp_path: Path
+) -> None:
+    """Also the embeddings that were trained with adapters, and whatever asks for gradients by then."""
+    save_finetuned(tmp_path / "one", trained(toy, kind), raw(toy))
+    again, _ = load_finetuned(toy, tmp_path / "one")
+    if frozen:
+        again.requires_grad_(False)
+    save_finetuned(tmp_path / "two", again, raw(toy))
+    files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
+
+
 def test_a_longer_window_is_saved_with_what_was_trained_in_it(toy: MoshiCheckpoint, tmp_path: Path) -> None:
     lm = toy.load_lm().requires_grad_(False)
     add_lora(lm, LORA)

@@ -40,6 +40,9 @@ WHOLE_NAME = "consolidated.safetensors"
 YARN_NAME = "yarn.json"
 _LORA_KEYS = ("lora", "lora_rank", "lora_scaling", "lora_name")
 
+# An attribute of a model: names of what its adapters' file held besides, to be saved with them again.
+_WITH_ADAPTERS = "_inlay_with_adapters"
+
 
 def save_finetuned(directory: str | Path, lm: LMModel, config: Mapping[str, Any]) -> None:
     """Write everything that was trained. Each file is written beside its place and renamed.
@@ -96,7 +99,8 @@ def load_finetuned(
 ) -> tuple[LMModel, Memory | None]:
     """A checkpoint's model as fine-tuned: adapters, memory, trained base weights and window, in eval mode.
 
-    Everything takes the dtype of the checkpoint's model, but for the memory, which keeps its own (float32).
+    Everything takes the dtype of the checkpoint's model, but for the memory, which keeps its own (float32). With
+    adapters, what the directory holds asks for gradients and nothing else does, so it can be saved again as it is.
 
     Args:
         checkpoint: What was fine-tuned.
@@ -128,6 +132,11 @@ def load_finetuned(
         add_lora(lm, lora)
     memory = attach_pretrained(lm, directory) if (directory / memory_files.HEADER).is_file() else None
     load_trained(lm, directory)
+    if config.get("lora"):
+        of_memory = set() if memory is None else {id(p) for p in memory.parameters()}
+        beside = lm.__dict__[_WITH_ADAPTERS]
+        for name, parameter in lm.named_parameters():
+            parameter.requires_grad_(id(parameter) in of_memory or ".lora_" in name or name in beside)
     return lm.eval(), memory
 
 
@@ -143,7 +152,7 @@ def load_trained(lm: LMModel, directory: str | Path) -> None:
         memory.load(directory)
     if adapters:
         needed = [name for name, _ in lm.named_parameters() if ".lora_" in name]
-        _load(lm, directory / LORA_NAME, needed)
+        lm.__dict__[_WITH_ADAPTERS] = _load(lm, directory / LORA_NAME, needed) - set(needed)
     elif memory is None:
         _load(lm, directory / WHOLE_NAME, list(lm.state_dict()))
 
@@ -154,10 +163,12 @@ def _adapter_tensors(lm: LMModel) -> dict[str, nn.Parameter]:
     own = set() if memory is None else {id(p) for p in memory.parameters()}
     base = {} if memory is None else memory.base_parameters()
     trained = set() if memory is None else {id(base[name]) for name in memory.trained_base if name in base}
+    beside = lm.__dict__.get(_WITH_ADAPTERS, ())
     return {
         name: p
         for name, p in lm.named_parameters()
-        if id(p) not in own and (".lora_" in name or ("emb" in name and (p.requires_grad or id(p) in trained)))
+        if id(p) not in own
+        and (".lora_" in name or name in beside or ("emb" in name and (p.requires_grad or id(p) in trained)))
     }
 
 
@@ -165,8 +176,12 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _load(lm: LMModel, path: Path, needed: Iterable[str]) -> None:
-    """Copy a file's tensors into the model: every name in it has its place, and every name in ``needed`` is there."""
+def _load(lm: LMModel, path: Path, needed: Iterable[str]) -> set[str]:
+    """Copy a file's tensors into the model: every name in it has its place, and every name in ``needed`` is there.
+
+    Returns:
+        The names.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
@@ -191,6 +206,7 @@ def _load(lm: LMModel, path: Path, needed: Iterable[str]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             places[name].copy_(tensor)
+    return set(tensors)
 
 
 def _of_today(name: str) -> str:

@@ -324,6 +324,10 @@ def test_the_command_trains_a_moshi_recipe_and_writes_its_report(
     ("changes", "message"),
     [
         ({"durations_sec": 3}, "durations_sec: unknown key; did you mean 'duration_sec'"),
+        ({"full_finetuning": False}, "full_finetuning: .*mode says what is trained; false is mode: lora"),
+        ({"save_adapters": True, "overwrite_run_dir": True}, "save_adapters: .*take it out\n.*never written over"),
+        ({"wandb": {"project": "x"}}, "wandb: .*trainer: {report_to: wandb}"),
+        ({"moshi_paths": {"mimi_path": "x"}}, "moshi_paths.mimi_path: .*one folder.*moshi_paths.hf_repo_id"),
         ({"lora": {"rang": 3}}, "lora.rang: unknown key; did you mean 'rank'"),
         ({"data": {"train_date": "x"}}, "data.train_date: unknown key; did you mean 'train_data'"),
         ({"memory": None}, "mode is 'memory' but there is no memory"),

@@ -12,7 +12,7 @@ What makes a YAML file a recipe of this kind is its ``moshi_paths`` section.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -50,6 +50,15 @@ _KNOBS = {
     "gradient_checkpointing": "gradient_checkpointing",
     "bf16": "param_dtype",
     "fp16": "param_dtype",
+}
+
+_ONE_FOLDER = "put a checkpoint's files into one folder, as the hub has them, and give it as moshi_paths.hf_repo_id"
+_MOSHI_FINETUNES = {
+    "full_finetuning": "mode says what is trained; false is mode: lora (or memory+lora), true is mode: all",
+    "save_adapters": "adapters are always saved as adapters; take it out",
+    "overwrite_run_dir": "a run is never written over; take it out, and delete the old run or give another name",
+    "wandb": "the Trainer logs there with trainer: {report_to: wandb}",
+    **{f"moshi_paths.{name}_path": _ONE_FOLDER for name in ("moshi", "mimi", "tokenizer", "config")},
 }
 
 
@@ -112,6 +121,7 @@ class MoshiRecipe(RunRecipe):
 
     kind: ClassVar[RecipeKind] = "moshi"
     trainer_check = _check_moshi_trainer
+    elsewhere: ClassVar[Mapping[str, str]] = _MOSHI_FINETUNES
     free_when_resumed: ClassVar[frozenset[str]] = frozenset(
         {"trainer", "optim", "max_norm", "max_steps", "log_freq", "do_eval", "eval_freq"}
         | {"do_ckpt", "ckpt_freq", "num_ckpt_keep"}

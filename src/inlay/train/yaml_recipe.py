@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -91,6 +91,9 @@ class RunRecipe(Section):
 
     free_when_resumed: ClassVar[frozenset[str]] = frozenset({"trainer"})
     """The sections in which a run that is resumed may differ from what it was before."""
+
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """Keys that a recipe does not have but its users know from elsewhere, by place: what to do instead."""
 
     trainer_check: ClassVar[Callable[[dict[str, Any]], dict[str, Any]]] = check_trainer
     """Takes the trainer section, or raises ``ValueError``."""
@@ -209,6 +212,8 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     where = ".".join(_without_tags(kind, location))
     if problem["type"] == "extra_forbidden":
+        if issubclass(kind, RunRecipe) and where in kind.elsewhere:
+            return f"{where}: no key of ours: {kind.elsewhere[where]}"
         return f"{where}: unknown key{nearest(location[-1], _fields_at(kind, location[:-1]))}"
     if problem["type"] == "missing":
         return f"{where}: is missing"

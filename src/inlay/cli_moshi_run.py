@@ -110,8 +110,8 @@ def hear(
     pace = f"{done.real_time_factor:.2f} of real time, {done.late_frames:,} of {done.frames:,} frames late"
     console.print(f"heard {done.audio_seconds:,.1f} s at {pace}", highlight=False)
     if done.chunk_size is not None:
-        size = max((commit.relative_sum for commit in done.commits), default=0.0)
-        told = f"{done.chunks:,} chunks of {done.chunk_size} frames; ‖ηS‖ up to {short(100 * size, 2)} % of ‖W0‖"
+        size = short(100 * done.largest_sum, 2)
+        told = f"{done.chunks:,} chunks of {done.chunk_size} frames; ‖ηS‖ up to {size} % of ‖W0‖"
         console.print(f"memory: {told}", highlight=False)
     console.print(f"answer: {target}", soft_wrap=True)
     if session is not None:

@@ -99,6 +99,19 @@ class TestFile:
         assert ours == [(c.block, c.chunk, c.tokens, c.pre_norm, c.post_norm) for c in at_once.commits]
         assert at_once.chunks == (17 + 1) // 4  # the first frame is stepped twice
 
+    def test_a_call_too_short_for_a_chunk_tells_how_large_the_sessions_memory_is(
+        self, moshi: Moshi, tmp_path: Path
+    ) -> None:
+        session = tmp_path / "session"
+        before = run_file(moshi, recording(tmp_path / "a.wav", sound(9)), None, session=session)
+        assert before.sum_before == 0
+        size = max(commit.relative_sum for commit in before.commits if commit.chunk == before.chunks)
+        after = run_file(moshi, recording(tmp_path / "b.wav", sound(1)), None, session=session)
+        assert after.commits == []
+        assert after.largest_sum == after.sum_before == pytest.approx(size, rel=1e-6)
+        assert f"{100 * size:.2g} %" in write_run(after, tmp_path / "report").read_text()
+        assert run_file(moshi, recording(tmp_path / "c.wav", sound(1)), None).largest_sum == 0
+
     def test_stereo_is_heard_on_the_right_and_kept_there(self, moshi: Moshi, tmp_path: Path) -> None:
         user, other = sound(5), sound(5, seed=1)
         stereo = recording(tmp_path / "stereo.wav", np.concatenate([other, user]))

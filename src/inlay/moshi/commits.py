@@ -91,6 +91,10 @@ class CommitLog:
         self._norms = {index: [row[2] for row in rows] for index, rows in self._fetch().items()}
         self._times: list[list[float]] = [[] for _ in self._chunks]
 
+    def relative_sum(self) -> float:
+        """The largest η‖S‖ / ‖W0‖ of any layer and row, as last seen."""
+        return max(self._eta * max(norms) / self._weights[index] for index, norms in self._norms.items())
+
     def observe(self, milliseconds: float = float("nan")) -> list[Commit]:
         """The chunks committed since the last call.
 

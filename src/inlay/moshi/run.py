@@ -38,6 +38,7 @@ class Run:
         chunk_size: C; None without a memory.
         state_bytes: Bytes of the memory's state.
         frames_before: Frames that the session had heard before.
+        sum_before: Largest η‖S‖ / ‖W0‖ of the memory that the session brought; 0 without one.
         spent: Computing time in seconds.
         saying: What Moshi has said since it paused, until that is a line of the transcript.
     """
@@ -52,6 +53,7 @@ class Run:
     chunk_size: int | None = None
     state_bytes: int = 0
     frames_before: int = 0
+    sum_before: float = 0.0
     spent: float = 0.0
     saying: str = ""
 
@@ -69,6 +71,11 @@ class Run:
     def late_frames(self) -> int:
         """Frames that took longer than they last."""
         return sum(ms > 1000 / self.frame_rate for ms in self.milliseconds)
+
+    @property
+    def largest_sum(self) -> float:
+        """Largest η‖S‖ / ‖W0‖ while it was heard."""
+        return max(self.sum_before, *(commit.relative_sum for commit in self.commits), 0.0)
 
     @property
     def chunks(self) -> int:
@@ -119,6 +126,7 @@ def run_file(
         stream, memory = stream_of(moshi.lm), find_memory(moshi.lm)
         if duplex.log is not None and stream is not None and stream.steps is not None and memory is not None:
             run.chunk_size, run.state_bytes = memory.config.chunk_size, stream.steps.nbytes
+            run.sum_before = duplex.log.relative_sum()
         for heard in frames:
             reply = duplex.hear(heard)
             run.frames += 1

@@ -75,9 +75,9 @@ def run_cards(run: Run) -> list[Headline]:
         cards.append(
             Headline("chunks committed", f"{run.chunks:,}", f"in each layer, one every {run.chunk_size} frames")
         )
-    if run.commits:
-        last = [commit.relative_sum for commit in _latest(run.commits).values()]
-        cards.append(Headline("memory's size", f"{short(100 * max(last), 2)} %", "largest ‖ηS‖ / ‖W0‖ at the end"))
+    if run.commits or run.sum_before:
+        last = max((commit.relative_sum for commit in _latest(run.commits).values()), default=run.sum_before)
+        cards.append(Headline("memory's size", f"{short(100 * last, 2)} %", "largest ‖ηS‖ / ‖W0‖ at the end"))
     return cards
 
 

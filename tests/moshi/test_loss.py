@@ -128,6 +128,36 @@ def test_padding_changes_nothing_and_a_batch_of_it_costs_nothing() -> None:
     assert float(empty.loss.detach()) == 0.0
 
 
+def test_a_padded_row_is_kyutais_but_for_what_is_predicted_from_its_padding() -> None:
+    """A short window as moshi-finetune pads it: −1 in every stream behind its end."""
+    theirs, codes, end = make_lm(**EXACT).train(), padded_codes(2, 40), 27
+    codes[1, :, end:] = -1
+    ours = MoshiForTraining(copy.deepcopy(theirs), CONFIG)
+    documents = torch.where(codes[:, 1] < 0, -1, 0)
+    documents[0] = 0
+    result = ours(codes, documents)
+    out = theirs(codes)
+    mask = out.mask.clone()
+    assert mask[1, 1:, end - 1].all()  # predicted at step `end`, of the padding
+    mask[1, 1:, end - 1] = False
+    padding = (theirs.text_padding_token_id, theirs.end_of_text_padding_id)
+    text, audio = moshi_loss_reference(
+        out.text_logits,
+        out.logits,
+        codes,
+        CONFIG,
+        text_padding_ids=padding,
+        valid=torch.cat([out.text_mask, mask], dim=1),
+    )
+    assert_close(result.text, text, 1e-7, "text")
+    assert_close(result.audio, audio, 1e-7, "audio")
+    result.loss.backward()
+    (text + audio).backward()
+    for (name, mine), right in zip(ours.lm.named_parameters(), theirs.parameters(), strict=True):
+        if right.grad is not None:
+            assert_close(mine.grad, right.grad, 1e-6, name)
+
+
 def test_weights_count_as_the_paper_says() -> None:
     lm, codes = make_lm(), padded_codes()
     nats = MoshiForTraining(lm)(codes).nats.detach()

@@ -9,7 +9,10 @@ it says the code of frame s − d_k, and its initial token where that lies befor
     predicted     t0    t1 a0 t2 a1  t3 a2        (∅ is never predicted)
 
 ``LMModel.forward`` does this for one document per row. Here every document of a row begins as a row does there, and so
-as a stream begins: nothing of one document is read in the next. Padding reads nothing and is never predicted.
+as a stream begins: nothing of one document is read in the next. Padding reads nothing and is never predicted, nor is
+anything predicted from it: the acoustic codes of a document's last frame, which would come one step behind its end, are
+left out of the loss whether padding follows or not. moshi-finetune leaves them out of a full window alone; in a padded
+one it predicts them from the first padded step.
 """
 
 from __future__ import annotations

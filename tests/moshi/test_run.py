@@ -401,6 +401,20 @@ class TestReport:
             assert title in page
         assert not re.search(r"""(src|href)=["']https?://""", page)
 
+    def test_clipping_is_plotted_over_time(self, moshi: Moshi, tmp_path: Path) -> None:
+        memory = inlay.find_memory(moshi.lm)
+        assert memory is not None
+        source = recording(tmp_path / "in.wav", sound(13))
+        free = run_file(moshi, source, None, voice=Voice(seed=0))
+        smallest = min(commit.delta_norm for commit in free.commits)
+        with memory.using(max_update_norm=smallest / 2):
+            run = run_file(moshi, source, None, voice=Voice(seed=0))
+        assert all(commit.clipped for commit in run.commits)
+        assert all(commit.delta_norm == pytest.approx(smallest / 2, rel=0.02) for commit in run.commits)
+        page = write_run(run, tmp_path / "report").read_text()
+        assert "Clipping: % against seconds of audio. layers clipped runs from 100 to 100;" in page
+        assert "No update was clipped" not in page
+
     def test_a_recording_shorter_than_a_chunk(self, moshi: Moshi, tmp_path: Path) -> None:
         run = run_file(moshi, recording(tmp_path / "in.wav", sound(2)), None)
         assert "the memory was not written" in write_run(run, tmp_path / "report").read_text()

@@ -16,6 +16,7 @@ from inlay.report import (
     Series,
     accuracy_by_distance,
     bars,
+    heatmap,
     line_plot,
     loss_by_position,
     save_png,
@@ -80,6 +81,28 @@ def test_dark_and_light_differ_in_colour_alone():
     assert DARK.series[0] in dark
     colors, numbers = re.compile("#[0-9a-f]{6}"), re.compile(r'(?<=[#"( ])[a-z][0-9a-f]{10}\b')
     assert numbers.sub("id", colors.sub("color", light)) == numbers.sub("id", colors.sub("color", dark))
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [
+        line_plot(
+            [Series("a # b", [0, 1, 2], [2, 1, 3], band=([1, 0, 2], [3, 2, 4])), Series("c", [0], [1])],
+            xlabel="x",
+            ylabel="y",
+        ),
+        loss_by_position({"memory": ([1, 2, 3], [3, 2, 1]), "no memory": ([1, 2, 3], [3, 3, 3])}, title="T"),
+        training_curves({"a": ([1, 2, 3], [3, 2, 1])}, title="T"),
+        bars({"": {"scan": 1.0, "Linear": NAN}}, unit="s", title="T", reference=0.5),
+        heatmap([[1, -0.25], [0.125, NAN]], unit="cosine"),
+    ],
+)
+def test_a_figures_dark_half_is_what_the_dark_theme_paints(plot):
+    figure, numbers = plot.figure(), re.compile(r'(?<=[#"( ])[a-z][0-9a-f]{10}\b')
+    for shown, narrow in ((figure.dark_svg, False), (figure.narrow_dark_svg, True)):
+        painted = plot.svg(dark=True, narrow=narrow)
+        assert numbers.sub("id", shown) == numbers.sub("id", painted)
+        assert not set(re.findall("#[0-9a-f]{6}", shown)) & {LIGHT.ink, LIGHT.muted, *LIGHT.series}
 
 
 def test_the_same_data_gives_the_same_svg():

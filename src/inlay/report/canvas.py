@@ -109,6 +109,7 @@ class Plot:
         heights: Height in inches, wide and narrow (the widths are 6.9 and 3.7 inches).
         note: What could not be drawn and why; empty if everything was.
         empty: True if nothing at all could be drawn. `figure()` then carries only the note.
+        mixes_colors: True if it shows others than those of its theme, which then cannot be told apart in its SVG.
     """
 
     title: str
@@ -117,6 +118,7 @@ class Plot:
     heights: tuple[float, float] = (3.5, 3.3)
     note: str = ""
     empty: bool = False
+    mixes_colors: bool = False
 
     def svg(self, *, dark: bool = False, narrow: bool = False) -> str:
         """One `<svg>` element with a transparent background, without prolog, metadata or style sheet."""
@@ -137,14 +139,15 @@ class Plot:
             return Figure(
                 "", "", caption=caption, alt=alt, note=f"{self.title}. {self.note}" if self.title else self.note
             )
+        wide, narrow = self.svg(), self.svg(narrow=True)
         return Figure(
-            light_svg=self.svg(),
-            dark_svg=self.svg(dark=True),
+            light_svg=wide,
+            dark_svg=self.svg(dark=True) if self.mixes_colors else _darkened(wide),
             caption=caption,
             alt=alt,
             note=self.note,
-            narrow_light_svg=self.svg(narrow=True),
-            narrow_dark_svg=self.svg(dark=True, narrow=True),
+            narrow_light_svg=narrow,
+            narrow_dark_svg=self.svg(dark=True, narrow=True) if self.mixes_colors else _darkened(narrow),
         )
 
     @contextmanager
@@ -225,6 +228,18 @@ def _settings(theme: Theme, font: str) -> dict[str, Any]:
         "path.simplify": True,
         "savefig.bbox": None,
     }
+
+
+def _colors(theme: Theme) -> list[str]:
+    return [theme.page, theme.ink, theme.muted, theme.rule, theme.baseline, *theme.series]
+
+
+_DARK_FOR = dict(zip(_colors(LIGHT), _colors(DARK), strict=True))
+
+
+def _darkened(svg: str) -> str:
+    """What a plot painted in the light theme is in the dark one, in a thousandth of the time that painting takes."""
+    return re.sub(r"#[0-9a-f]{6}\b", lambda color: _DARK_FOR.get(color.group(), color.group()), svg)
 
 
 def _clean(svg: str) -> str:

@@ -47,7 +47,7 @@ def heatmap(values: Sequence[Sequence[float]], *, unit: str, title: str = "", li
     note = f"{blank} of {matrix.size} values are not finite and left blank." if blank else ""
     low, mean, high = (short(float(one)) for one in (known.min(), known.mean(), known.max()))
     alt = f"{unit}; {matrix.shape[0]} by {matrix.shape[1]} values from {low} to {high}, mean {mean}."
-    return Plot(title, paint, f"{title}: {alt}" if title else alt, (4.3, 3.7), note)
+    return Plot(title, paint, f"{title}: {alt}" if title else alt, (4.3, 3.7), note, mixes_colors=True)
 
 
 def _draw(canvas: Canvas, matrix: NDArray[np.float64], unit: str, limit: float) -> None:

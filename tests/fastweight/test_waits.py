@@ -73,9 +73,10 @@ def test_a_training_step(case: str, checkpointing: bool) -> None:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     inlay.attach(model.train(), settings(layers="all", **changes)).train_only("all")
     ids = tokens()
-    with waits() as seen:
-        model(**there(input_ids=ids, labels=ids, **extra), use_cache=False).loss.backward()
-    assert len(seen) == most, seen
+    for wanted in (most + 1 if most == 3 else most, most):  # the first step also asks whether a document is long enough
+        with waits() as seen:
+            model(**there(input_ids=ids, labels=ids, **extra), use_cache=False).loss.backward()
+        assert len(seen) == wanted, seen
 
 
 @pytest.mark.parametrize("representation", ["dense", "deferred"])

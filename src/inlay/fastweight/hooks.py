@@ -64,6 +64,7 @@ class ForwardHooks:
         self._on_backward = on_backward
         self._parameters_of_forward = forward_arguments(decoder.module)
         self._warned: set[str] = set()
+        self._long_enough = False  # some documents of this model's training
         self._handles: list[RemovableHandle] = []
         outer = {id(m): m for m in (model, base_model(model), decoder.model, decoder.module) if m is not None}
         self._arguments = [forward_arguments(module) for module in outer.values()]
@@ -86,6 +87,7 @@ class ForwardHooks:
         """Follow another configuration from the next forward on."""
         self._config = config
         self._warned.clear()
+        self._long_enough = False
 
     def remove(self) -> None:
         """Take every hook off."""
@@ -258,16 +260,19 @@ class ForwardHooks:
             self._warn_if_never_read(context, length)
 
     def _warn_if_never_read(self, context: ForwardContext, length: int) -> None:
-        if "never read" in self._warned:
+        """Once. Documents are measured until one is long enough: the device has to be waited for."""
+        if self._long_enough or "never read" in self._warned:
             return
         longest = length if context.documents is None else longest_document(context.documents)
-        if longest <= self._config.chunk_size:
-            what = "sequences of" if context.documents is None else "documents of at most"
-            self._warn_once(
-                "never read",
-                f"training on {what} {longest} tokens with chunk_size={self._config.chunk_size}: what the "
-                "memory writes is never read in them, so it gets no gradient. Use longer sequences or smaller chunks",
-            )
+        if longest > self._config.chunk_size:
+            self._long_enough = context.documents is not None
+            return
+        what = "sequences of" if context.documents is None else "documents of at most"
+        self._warn_once(
+            "never read",
+            f"training on {what} {longest} tokens with chunk_size={self._config.chunk_size}: what the memory writes is "
+            "never read in them, so it gets no gradient. Use longer sequences or smaller chunks",
+        )
 
     def _refuse_reading_again(self, session: MemoryState, given: Mapping[str, Any]) -> None:
         """A session reads each token once; ``generate`` without a KV cache gives all of them again and again."""

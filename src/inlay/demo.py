@@ -225,7 +225,7 @@ def _report(directory: Path, arms: list[Arm], evaluations: dict[str, Evaluation]
     sections = []
     for task, (title, text) in TASKS.items():
         curves = {arm.variant: training_curve(arm.directory) for arm in arms if arm.task == task}
-        plot = training_curves(curves, title="Training loss")
+        plot = training_curves(curves, baseline=NO_MEMORY)
         first, *rest = evaluations[task].sections()
         sections.append(Section(title, text, [*first.items, plot.figure()]))
         sections += rest

@@ -215,7 +215,7 @@ def _report(paths: DemoPaths, evaluation: MoshiEvaluation, streamed: Run, second
         summary=[*cards, heard[1], Headline("measured in", f"{seconds / 60:.1f} min", "in this run")],
         sections=[
             *evaluation.sections(),
-            Section("Training", items=[training_curves(curves, title="Training loss").figure()]),
+            Section("Training", items=[training_curves(curves, baseline=NO_MEMORY).figure()]),
             *[
                 replace(one, title=f"Streaming: {one.title[0].lower()}{one.title[1:]}")
                 for one in run_sections(streamed)

@@ -92,7 +92,7 @@ def test_dark_and_light_differ_in_colour_alone():
             ylabel="y",
         ),
         loss_by_position({"memory": ([1, 2, 3], [3, 2, 1]), "no memory": ([1, 2, 3], [3, 3, 3])}, title="T"),
-        training_curves({"a": ([1, 2, 3], [3, 2, 1])}, title="T"),
+        training_curves({"a": ([1, 2, 3], [3, 2, 1]), "b": ([1], [2])}, title="T", baseline="b"),
         bars({"": {"scan": 1.0, "Linear": NAN}}, unit="s", title="T", reference=0.5),
         heatmap([[1, -0.25], [0.125, NAN]], unit="cosine"),
     ],
@@ -193,6 +193,16 @@ def test_a_long_history_is_smoothed_and_says_over_how_many_values():
     steps = np.arange(400)
     assert "loss, nats per token (bold: mean of 21 values)" in texts(training_curves({"a": (steps, steps + 1.0)}))
     assert "loss, nats per token" in texts(training_curves({"a": (steps, steps + 1.0)}, window=1))
+
+
+def test_the_run_to_compare_with_is_grey_in_training_curves_too():
+    steps = np.arange(40)
+    histories = {"without": (steps, steps + 1.0), "with": (steps, steps + 2.0)}
+    colors = {baseline: training_curves(histories, baseline=baseline).svg() for baseline in (None, "without")}
+    assert LIGHT.baseline not in colors[None]
+    assert LIGHT.series[1] in colors[None]
+    assert LIGHT.baseline in colors["without"]
+    assert LIGHT.series[1] not in colors["without"]
 
 
 def test_the_interval_of_an_accuracy_is_shaded_and_a_bin_without_one_keeps_its_point():

@@ -8,6 +8,7 @@ a plot left with nothing says so in words: a measurement that failed should be v
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -106,36 +107,34 @@ def loss_by_position(
 def training_curves(
     histories: Mapping[str, Pair],
     *,
+    baseline: str | None = None,
     title: str = "Training loss",
     ylabel: str = "loss, nats per token",
     window: int | None = None,
-    log_y: bool = False,
 ) -> Plot:
     """Loss against training steps: every value faintly, and a running mean over it.
 
     Args:
         histories: Name to (steps `[N]`, loss `[N]`).
+        baseline: Name of the run to compare with, drawn in grey.
         title: Heading inside the picture.
         ylabel: Quantity and unit of the loss.
         window: Values in the centred running mean; made odd; by default a twentieth of the longest history. 1 turns
             it off.
-        log_y: Logarithmic loss axis.
 
     Raises:
         ReportError: Steps and losses differ in length, or `window` is below 1.
     """
     if window is not None and window < 1:
         raise ReportError(f"training_curves: window should be at least 1, got {window}")
-    raw, notes = clean([Series(name, x, y) for name, (x, y) in histories.items()], log_y=log_y)
+    raw, notes = clean([Series(name, x, y, muted=name == baseline) for name, (x, y) in histories.items()])
     span = window if window is not None else max((len(curve.x) for curve in raw), default=0) // 20
     span = span // 2 * 2 + 1
-    smooth = [
-        Curve(c.name, c.x, running_mean(c.y, span) if span > 1 else c.y, ghost=c.y if span > 1 else None) for c in raw
-    ]
+    smooth = [replace(c, y=running_mean(c.y, span), ghost=c.y) for c in raw] if span > 1 else raw
     label = f"{ylabel} (bold: mean of {span} values)" if span > 1 else ylabel
 
     def paint(canvas: Canvas) -> None:
-        draw_curves(canvas, smooth, "step", label, log_y=log_y)
+        draw_curves(canvas, smooth, "step", label)
 
     return _plot(title, paint, smooth, notes, f"{label} against training step")
 

@@ -72,7 +72,7 @@ CASES = {
     ),
     "qwen3, bf16, LoRA, checkpointing": (
         architecture("qwen3"),
-        replace(STEP, tokens=260, dtype="bfloat16", mode="memory+lora", lora=LORA, gradient_checkpointing=True),
+        replace(STEP, tokens=520, dtype="bfloat16", mode="memory+lora", lora=LORA, gradient_checkpointing=True),
         MEMORY,
     ),
     "autocast, gradients accumulated": (
@@ -99,7 +99,7 @@ CASES = {
 def test_the_predicted_peak_is_the_measured_one(case: str) -> None:
     config, step, memory = CASES[case]
     measured = measured_bytes(config, memory, step, torch.device("cpu"))
-    assert measured > 10 * 2**20
+    assert measured > 15 * 2**20
     assert dry_run(config, memory, step).peak.total == pytest.approx(measured, rel=0.02)
 
 

@@ -238,7 +238,7 @@ _DARK_FOR = dict(zip(_colors(LIGHT), _colors(DARK), strict=True))
 
 
 def _darkened(svg: str) -> str:
-    """What a plot painted in the light theme is in the dark one, in a thousandth of the time that painting takes."""
+    """What a plot painted in the light theme is in the dark one, without painting it again."""
     return re.sub(r"#[0-9a-f]{6}\b", lambda color: _DARK_FOR.get(color.group(), color.group()), svg)
 
 
